@@ -1,0 +1,163 @@
+"""What API, store and workers agree on: names, payloads, states.
+
+Importing this module loads no torch and no Celery. Messages carry ids only; everything else
+about a job lies in the store.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from pissa_core.refs import parse_ref
+from pissa_core.spec import PissaConfig
+
+
+class Status(StrEnum):
+    """The state of a job; the last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing of the job runs any more."""
+        return self in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
+
+
+class Phase(StrEnum):
+    """What a job is at."""
+
+    QUEUED = "queued"
+    PLANNING = "planning"
+    SHARDS = "shards"
+    PUBLISHING = "publishing"
+    WAITING = "waiting"
+    DONE = "done"
+
+
+class EventType(StrEnum):
+    """The types of a job's events, in the order they usually come."""
+
+    QUEUED = "queued"
+    STARTED = "started"
+    PLANNED = "planned"
+    SHARD_STARTED = "shard_started"
+    MATRIX_DONE = "matrix_done"
+    SHARD_DONE = "shard_done"
+    PUBLISHING = "publishing"
+    WAITING = "waiting"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    RESUMED = "resumed"
+
+
+class Task(StrEnum):
+    """Celery task names; each takes one job id (and `SHARD` a shard's number), or a plan id."""
+
+    PREPARE = "pissa.prepare"
+    SHARD = "pissa.shard"
+    PUBLISH = "pissa.publish"
+    PLAN = "pissa.plan"
+
+
+def _a_reference(value: object) -> object:
+    if isinstance(value, str):
+        parse_ref(value)
+    return value
+
+
+Reference = Annotated[
+    str,
+    BeforeValidator(_a_reference),
+    Field(max_length=4096, examples=["org/name@main"], description="a Hub reference or local path"),
+]
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Output(_Closed):
+    """Where the result goes and how it is published; a bare reference is short for `ref`."""
+
+    ref: Reference
+    private: bool = False
+    branch: str | None = Field(None, min_length=1, max_length=255)
+    overwrite: bool = False
+    commit_message: str | None = Field(None, min_length=1, max_length=2000)
+
+
+def _output(value: object) -> object:
+    return {"ref": value} if isinstance(value, str) else value
+
+
+class BaseToPissa(_Closed):
+    """A `base-to-pissa` job: base model and config in, residual model and initial adapter out."""
+
+    kind: Literal["base-to-pissa"] = "base-to-pissa"
+    model: Reference
+    output: Annotated[Output | None, BeforeValidator(_output)] = None
+    pissa: PissaConfig = Field(default_factory=PissaConfig)
+
+
+JobRequest = BaseToPissa  # a union discriminated by `kind` once the other kinds are there
+
+
+class Count(BaseModel):
+    """How much of something is done."""
+
+    done: int = 0
+    total: int = 0
+
+
+class Progress(BaseModel):
+    """How far a job is; totals are 0 until it is planned."""
+
+    matrices: Count = Field(default_factory=Count)
+    shards: Count = Field(default_factory=Count)
+    bytes: Count = Field(default_factory=Count)
+
+
+class JobError(BaseModel):
+    """Why a job failed: a stable code, a sentence, what to try."""
+
+    code: str
+    message: str
+    hint: str | None = None
+
+
+class Job(BaseModel):
+    """A job as every answer shows it; no secret is in it."""
+
+    id: str
+    kind: str
+    status: Status
+    phase: Phase
+    progress: Progress
+    eta_s: float | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    attempts: int = 0
+    request: dict[str, Any]
+    result: dict[str, Any] | None = None
+    error: JobError | None = None
+
+
+class JobEvent(BaseModel):
+    """One entry of a job's event stream; `id` orders them."""
+
+    id: str
+    at: datetime
+    type: EventType
+    data: dict[str, Any] = Field(default_factory=dict)
