@@ -383,3 +383,16 @@ def all_errors(root: type[PissaError] = PissaError) -> Iterator[type[PissaError]
     yield root
     for child in root.__subclasses__():
         yield from all_errors(child)
+
+
+def error_from(code: str, message: str, hint: str | None = None) -> PissaError:
+    """Rebuild an error that crossed a process or the wire as code, sentence and hint.
+
+    The class is the one with that code among those imported here; a code this process does not
+    know (a newer service's, or one of HTTP alone) keeps its name on a class of its own.
+    """
+    for known in all_errors():
+        if known.code == code:
+            return known(message, hint=hint)
+    foreign: type[PissaError] = type("ForeignError", (PissaError,), {"code": code})
+    return foreign(message, hint=hint)

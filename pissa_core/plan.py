@@ -122,6 +122,26 @@ class Plan:
         factors = sum(m.rank * (m.shape[0] + m.shape[1]) for m in self.matrices)
         return factors + sum(_count(tensor.shape) for tensor in self.carried)
 
+    def public(self) -> dict[str, Any]:
+        """Return the plan as `pissa plan --json` and ``POST /v1/plans`` show it."""
+        return {
+            "source": self.source,
+            "commit": self.commit,
+            "model_class": self.model_class,
+            "names_from": self.names_from,
+            "matrices": [_public_matrix(matrix) for matrix in self.matrices],
+            "refused": [dataclasses.asdict(refusal) for refusal in self.refused],
+            "left_out": list(self.left_out),
+            "bytes": {
+                "read": self.estimate.read,
+                "written": self.estimate.written,
+                "adapter": self.estimate.adapter,
+            },
+            "peak_memory_bytes": self.estimate.peak_memory,
+            "peak_disk_bytes": self.estimate.peak_disk,
+            "trainable_parameters": self.trainable_parameters,
+        }
+
     def to_json(self) -> str:
         """Serialise; `from_json` gives an equal plan."""
         return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)})
@@ -150,6 +170,17 @@ class Plan:
         for field in ("side_files", "left_out"):
             data[field] = tuple(data[field])
         return cls(**data)
+
+
+def _public_matrix(matrix: Matrix) -> dict[str, Any]:
+    return {
+        "module": matrix.module,
+        "tensor": matrix.tensor,
+        "shard": matrix.shard,
+        "shape": list(matrix.shape),
+        "rank": matrix.rank,
+        "scaling": matrix.scaling,
+    }
 
 
 def _count(shape: tuple[int, ...]) -> int:
