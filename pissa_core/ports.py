@@ -90,7 +90,7 @@ class Attempt(Protocol):
     folder: Path
 
     def seal(self, record: Seal, shard: Path, part: Path) -> None:
-        """Hand over the finished shard and part; durable when this returns.
+        """Hand over the finished shard and part, both already synced; durable when this returns.
 
         Exactly one attempt seals a shard. A later one (a worker that was stopped and woke up)
         changes nothing: what is sealed stays as it is.
@@ -122,8 +122,11 @@ class CheckpointSink(Protocol):
     def free_bytes(self) -> int | None:
         """Bytes that staging may still use, where that is known."""
 
-    def seals(self) -> Mapping[str, Seal]:
-        """Return the shards already sealed, by name, each with its checksums verified."""
+    def seal_of(self, shard: str) -> Seal | None:
+        """Return the seal of a shard, if it has one and both its files still match it.
+
+        A file that does not (cut short by a crash, altered since) loses its seal.
+        """
 
     def attempt(self, shard: str) -> AbstractContextManager[Attempt]:
         """Open scratch for one attempt at a shard.
@@ -135,15 +138,29 @@ class CheckpointSink(Protocol):
     def read_part(self, shard: str, start: int, stop: int) -> bytes:
         """Return a range of a sealed shard's factor part."""
 
-    def publish(self, contents: Publication) -> Mapping[str, FileInfo]:
-        """Make everything visible at once; idempotent.
+    def published(self) -> bytes | None:
+        """Return the marker file that an earlier attempt at this result made visible, if any.
 
-        Returns every published file with its sha256. Killed at any point and called again, the
-        result is the same; until it is there, nothing is.
+        It is known until `discard`: a caller killed between `publish` and its own record of the
+        success finds here that all is done.
         """
 
-    def discard(self) -> None:
-        """Remove everything staged. What is published stays."""
+    def publish(self, contents: Publication) -> None:
+        """Make everything visible at once; does nothing if `published`.
+
+        Killed at any point and called again, the result is the same; until it is there, nothing
+        is. What was staged stays until `discard`, so that the caller can record the success
+        first.
+
+        Raises:
+            OutputExists: if something else has appeared there meanwhile.
+        """
+
+    def discard(self, *, keep_sealed: bool = False) -> None:
+        """Remove what is staged: everything, or all but sealed shards. What is published stays.
+
+        Scratch that a live attempt holds is left to that attempt.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +171,9 @@ class Publication:
         shards: seals of every shard, which appear at their own paths.
         copies: paths taken from the source byte for byte.
         streams: path → a callable that yields the file's bytes (the adapter, assembled).
-        closing: called with every other file's path, size and sha256; returns the last files
-            (manifest, card), which may state those checksums.
+        closing: called with every other file's path, size and sha256; returns the last files,
+            which may state those checksums.
+        marker: the one of the closing files by which the result is recognised.
     """
 
     source: CheckpointSource
@@ -163,3 +181,4 @@ class Publication:
     copies: tuple[str, ...]
     streams: Mapping[str, Callable[[], Iterable[bytes]]]
     closing: Callable[[Mapping[str, FileInfo]], Mapping[str, bytes]]
+    marker: str

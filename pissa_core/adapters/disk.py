@@ -1,0 +1,147 @@
+"""What every adapter needs from a disk: private copies, checksums, durable small files, locks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pissa_core.errors import DiskFull
+from pissa_core.ports import ByteRange, FileInfo
+from pissa_core.tensorfile import CHUNK, reserve
+
+_FICLONE = 0x40049409
+_NO_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn "no space left" into `DiskFull`, naming the disk; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise DiskFull(
+            f"the disk of {where} is full", hint="free some space and run the same again: it resumes"
+        ) from error
+
+
+def private_copy(source_fd: int, destination: Path, holes: Sequence[ByteRange] = ()) -> None:
+    """Copy an open file to a new one of its own: a reflink where the disk can, else bytes.
+
+    Ranges in `holes` are reserved and not copied, since the caller will write them.
+    """
+    size = os.fstat(source_fd).st_size
+    with destination.open("wb") as copy:
+        if _clone(source_fd, copy.fileno()):
+            return
+        if size:
+            reserve(copy.fileno(), size)
+        for start, stop in outside(holes, size):
+            _copy_range(source_fd, copy.fileno(), start, stop)
+
+
+def outside(holes: Sequence[ByteRange], size: int) -> Iterator[ByteRange]:
+    """Yield what of ``[0, size)`` lies outside the holes, in order."""
+    position = 0
+    for start, stop in sorted(holes):
+        if start > position:
+            yield position, start
+        position = max(position, stop)
+    if position < size:
+        yield position, size
+
+
+def _clone(source_fd: int, copy_fd: int) -> bool:
+    try:
+        fcntl.ioctl(copy_fd, _FICLONE, source_fd)
+    except OSError as error:
+        if error.errno not in _NO_CLONE:
+            raise
+        return False
+    return True
+
+
+def _copy_range(source_fd: int, copy_fd: int, start: int, stop: int) -> None:
+    while start < stop:
+        count = _copy_some(source_fd, copy_fd, start, min(stop - start, 1 << 30))
+        if count == 0:
+            raise EOFError(f"the file ends at byte {start}")
+        start += count
+
+
+def _copy_some(source_fd: int, copy_fd: int, start: int, count: int) -> int:
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source_fd, copy_fd, count, start, start)
+        except OSError as error:
+            if error.errno not in _NO_CLONE:
+                raise
+    data = os.pread(source_fd, min(count, CHUNK), start)
+    return os.pwrite(copy_fd, data, start)
+
+
+def file_info(path: Path) -> FileInfo:
+    """Return size and sha256 of a file, read in chunks."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileInfo(file.tell(), digest.hexdigest())
+
+
+def write_stream(path: Path, chunks: Iterable[bytes]) -> FileInfo:
+    """Write a new file from chunks, synced; return its size and sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileInfo(size, digest.hexdigest())
+
+
+def create_once(path: Path, content: bytes) -> bool:
+    """Create a file with its whole content, durably, unless it is there; say whether we did."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    write_stream(temporary, [content])
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    sync_folder(path.parent)
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def try_lock(path: Path) -> int | None:
+    """Lock a file for this process's life; None if a living process holds it.
+
+    The kernel frees the lock when its holder dies and keeps it while the holder is merely
+    stopped: exactly the difference between scratch that may be adopted and scratch that may not.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd

@@ -1,0 +1,453 @@
+"""Local folders as source and sink.
+
+The sink stages beside the output, on the same disk, so that publishing is one rename::
+
+    .NAME.pissa-staging-DIGEST/
+      work/<shard>/<token>/      an attempt's scratch: lock, private copy, part, journal
+      sealed/<shard>/<token>/    shard and part of the attempt that sealed
+      sealed/<shard>/seal.json   which attempt that was, with checksums; made once
+      tree-<token>/              the output, put together from hard links
+      published.json             checksum of the manifest about to become visible
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+
+from pissa_core.adapters.disk import (
+    create_once,
+    disk_errors,
+    file_info,
+    private_copy,
+    sync_folder,
+    try_lock,
+    write_stream,
+)
+from pissa_core.errors import (
+    Cancelled,
+    FolderNotFound,
+    NoReadAccess,
+    NoWriteAccess,
+    OutputExists,
+    OutputInsideSource,
+    OutputIsSource,
+    OutsideLocalRoot,
+    ShardTruncated,
+    SourceChanged,
+)
+from pissa_core.ports import (
+    Attempt,
+    ByteRange,
+    CheckpointSource,
+    FileInfo,
+    Publication,
+    Seal,
+)
+from pissa_core.tensorfile import read_into_fd
+
+
+class LocalSource:
+    """A folder, pinned by the sizes and modification times its files have when it is opened."""
+
+    commit = None
+    rereads = True
+
+    def __init__(self, folder: Path, *, root: Path | None = None) -> None:
+        """List `folder`; with `root`, refuse files whose symlinks leave it."""
+        if not folder.is_dir():
+            kind = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise FolderNotFound(
+                f"the folder {folder} {kind}",
+                hint="a model on the Hub is written org/name or hf://org/name",
+            )
+        self._folder = folder
+        self._stats = {path: _identity(folder / path) for path in _walk(folder)}
+        if root is not None:
+            self._refuse_escapes(root.resolve())
+
+    @property
+    def ref(self) -> str:
+        """The folder's absolute path."""
+        return str(self._folder)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of every file's path, size and modification time."""
+        return hashlib.sha256(repr(sorted(self._stats.items())).encode()).hexdigest()
+
+    def files(self) -> Mapping[str, FileInfo]:
+        """Every file below the folder."""
+        return {path: FileInfo(identity[0]) for path, identity in self._stats.items()}
+
+    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Return a range of a file."""
+        size = self._stats[path][0]
+        buffer = bytearray(max(0, (size if stop is None else stop) - start))
+        self.read_into(path, start, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` from a file."""
+        with self._opened(path) as fd:
+            try:
+                read_into_fd(fd, start, buffer)
+            except EOFError as error:
+                raise ShardTruncated(
+                    f"{path}: bytes {start} to {start + len(buffer)} were wanted and {error}",
+                    hint="download or save the checkpoint again",
+                ) from error
+
+    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
+        """Make a private copy: a reflink where the disk can, else only what lies outside holes."""
+        with self._opened(path) as fd, disk_errors(destination):
+            private_copy(fd, destination, holes)
+
+    def local_root(self) -> Path:
+        """The folder itself."""
+        return self._folder
+
+    @contextmanager
+    def _opened(self, path: str) -> Iterator[int]:
+        try:
+            fd = os.open(self._folder / path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise SourceChanged(f"{path} has gone since {self._folder} was opened") from error
+        except PermissionError as error:
+            raise NoReadAccess(f"{self._folder / path} may not be read") from error
+        try:
+            if _identity_of(os.fstat(fd)) != self._stats[path]:
+                raise SourceChanged(
+                    f"{path} in {self._folder} was changed while it was being read",
+                    hint="run again once nothing writes to the checkpoint any more",
+                )
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _refuse_escapes(self, root: Path) -> None:
+        for path in self._stats:
+            real = Path(os.path.realpath(self._folder / path))
+            if root not in real.parents:
+                raise OutsideLocalRoot(
+                    f"{path} is a symlink that leaves the folder this service may touch",
+                    hint="copy the file to where the symlink is",
+                )
+
+
+class LocalSink:
+    """A folder that appears, complete, by one rename."""
+
+    revision = None
+
+    def __init__(self, folder: Path, *, digest: str) -> None:
+        """Aim at `folder`; `digest` names the staging area beside it."""
+        self._folder = folder
+        self._staging = folder.parent / f".{folder.name}.pissa-staging-{digest}"
+
+    @property
+    def ref(self) -> str:
+        """The folder's absolute path."""
+        return str(self._folder)
+
+    @property
+    def base_model_name_or_path(self) -> str:
+        """The folder's absolute path."""
+        return str(self._folder)
+
+    def check(self, source: CheckpointSource) -> None:
+        """Refuse a folder that holds something, is the source, or lies inside it."""
+        root = source.local_root()
+        if root is not None and root == self._folder:
+            raise OutputIsSource(
+                f"output and source are the same folder, {self._folder}",
+                hint="name another folder; the source is never changed",
+            )
+        if root is not None and root in self._folder.parents:
+            raise OutputInsideSource(
+                f"the output {self._folder} lies inside the source {root}",
+                hint="name a folder outside the source",
+            )
+        if self._occupied() and self.published() is None:
+            raise OutputExists(
+                f"{self._folder} exists and is not empty",
+                hint="name another folder, or remove this one first",
+            )
+        self._check_writable()
+
+    def free_bytes(self) -> int:
+        """Free bytes of the disk that staging and output lie on."""
+        return shutil.disk_usage(_nearest_existing(self._folder)).free
+
+    def seal_of(self, shard: str) -> Seal | None:
+        """Read a shard's seal and check both files: unchanged since sealed, or checksums right."""
+        record_path = self._sealed(shard) / "seal.json"
+        try:
+            record = json.loads(record_path.read_bytes())
+        except FileNotFoundError:
+            return None
+        seal = Seal(**{**record["seal"], "rows": tuple(record["seal"]["rows"])})
+        folder = self._sealed(shard) / record["token"]
+        if self._intact(folder / "shard", record["shard_identity"], seal.size, seal.sha256) and (
+            self._intact(folder / "part", record["part_identity"], seal.part_size, seal.part_sha256)
+        ):
+            return seal
+        record_path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    @contextmanager
+    def attempt(self, shard: str) -> Iterator[Attempt]:
+        """Open scratch of our own, taking over what a dead attempt left."""
+        work = self._staging / "work" / _slug(shard)
+        with disk_errors(self._folder):
+            work.mkdir(parents=True, exist_ok=True)
+            self._sealed(shard).mkdir(parents=True, exist_ok=True)
+            folder, lock = _adopt(work) or _make_scratch(work)
+        try:
+            yield _LocalAttempt(folder, self._sealed(shard))
+        finally:
+            if not (self._staging / "sealed").is_dir():  # discarded under us: leave nothing
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+            if not (self._staging / "sealed").is_dir():
+                self.discard()
+
+    def read_part(self, shard: str, start: int, stop: int) -> bytes:
+        """Return a range of a sealed part."""
+        record = json.loads((self._sealed(shard) / "seal.json").read_bytes())
+        with (self._sealed(shard) / record["token"] / "part").open("rb") as part:
+            part.seek(start)
+            return part.read(stop - start)
+
+    def published(self) -> bytes | None:
+        """Return the marker of a result that an earlier attempt renamed into place."""
+        try:
+            announced = json.loads((self._staging / "published.json").read_bytes())
+            content = (self._folder / announced["path"]).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        ours = hashlib.sha256(content).hexdigest() == announced["sha256"]
+        return content if ours else None
+
+    def publish(self, contents: Publication) -> None:
+        """Put the tree together from hard links, then rename it into place."""
+        if self.published() is not None:
+            return
+        tree = self._staging / f"tree-{secrets.token_hex(8)}"
+        with disk_errors(self._folder):
+            self._build(tree, contents)
+            _sync_tree(tree)
+            self._announce(tree, contents.marker)
+            self._make_visible(tree)
+
+    def discard(self, *, keep_sealed: bool = False) -> None:
+        """Remove what is staged, except scratch that a live attempt holds."""
+        work = self._staging / "work"
+        held = [_discard_scratch(folder) for folder in sorted(work.glob("*/*"))]
+        if not any(held):
+            shutil.rmtree(work, ignore_errors=True)
+        for tree in self._staging.glob("tree-*"):
+            shutil.rmtree(tree, ignore_errors=True)
+        sealed = self._staging / "sealed"
+        if keep_sealed and any(sealed.glob("*/seal.json")):
+            return
+        shutil.rmtree(sealed, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            (self._staging / "published.json").unlink()
+        with suppress(OSError):
+            self._staging.rmdir()
+
+    def _sealed(self, shard: str) -> Path:
+        return self._staging / "sealed" / _slug(shard)
+
+    def _intact(self, path: Path, identity: list[int], size: int, sha256: str) -> bool:
+        # A file that was synced before its seal was written and still has the same inode, size
+        # and modification time holds the same bytes; only any other is read again.
+        if not path.is_file():
+            return False
+        return _identity(path) == tuple(identity) or file_info(path) == FileInfo(size, sha256)
+
+    def _occupied(self) -> bool:
+        if self._folder.is_dir():
+            return any(self._folder.iterdir())
+        return os.path.lexists(self._folder)
+
+    def _check_writable(self) -> None:
+        parent = _nearest_existing(self._folder)
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise NoWriteAccess(
+                f"nothing can be written in {parent}", hint="choose a folder you may write to"
+            )
+
+    def _build(self, tree: Path, contents: Publication) -> None:
+        tree.mkdir(parents=True)
+        files: dict[str, FileInfo] = {}
+        for seal in contents.shards:
+            self._link_shard(seal.shard, tree / seal.shard)
+            files[seal.shard] = FileInfo(seal.size, seal.sha256)
+        for path in contents.copies:
+            (tree / path).parent.mkdir(parents=True, exist_ok=True)
+            contents.source.fetch(path, tree / path)
+            files[path] = file_info(tree / path)
+        for path, chunks in contents.streams.items():
+            files[path] = write_stream(tree / path, chunks())
+        for path, content in contents.closing(files).items():
+            write_stream(tree / path, [content])
+
+    def _link_shard(self, shard: str, destination: Path) -> None:
+        record = json.loads((self._sealed(shard) / "seal.json").read_bytes())
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        os.link(self._sealed(shard) / record["token"] / "shard", destination)
+
+    def _announce(self, tree: Path, marker: str) -> None:
+        # Written before the rename: a run killed right after it can tell its own result from
+        # somebody else's folder.
+        text = {"path": marker, "sha256": file_info(tree / marker).sha256}
+        path = self._staging / "published.json"
+        write_stream(path.with_suffix(".new"), [json.dumps(text).encode()])
+        path.with_suffix(".new").rename(path)
+        sync_folder(self._staging)
+
+    def _make_visible(self, tree: Path) -> None:
+        try:
+            tree.rename(self._folder)
+        except OSError as error:
+            if not self._occupied():
+                raise
+            raise OutputExists(
+                f"{self._folder} was filled by something else while this ran",
+                hint="name another folder, or remove this one and run again",
+            ) from error
+        sync_folder(self._folder.parent)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _LocalAttempt:
+    folder: Path
+    sealed: Path
+
+    def seal(self, record: Seal, shard: Path, part: Path) -> None:
+        """Move both files under a token of our own, then write the one record that counts."""
+        token = secrets.token_hex(8)
+        folder = self.sealed / token
+        if not self.sealed.is_dir():
+            raise Cancelled(f"the staging area of {record.shard} was discarded meanwhile")
+        with disk_errors(self.sealed):
+            folder.mkdir()
+            shard.rename(folder / "shard")
+            part.rename(folder / "part")
+            sync_folder(folder)
+            text = {
+                "token": token,
+                "shard_identity": _identity(folder / "shard"),
+                "part_identity": _identity(folder / "part"),
+                "seal": dataclasses.asdict(record),
+            }
+            ours = create_once(self.sealed / "seal.json", json.dumps(text).encode())
+        if not ours:
+            shutil.rmtree(folder)
+        shutil.rmtree(self.folder)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(parent, name)
+            if path.is_file():
+                yield PurePosixPath(path.relative_to(folder)).as_posix()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    return _identity_of(path.stat())
+
+
+def _identity_of(stat: os.stat_result) -> tuple[int, ...]:
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+def _slug(shard: str) -> str:
+    # Shards may lie in subfolders; a digest keeps names flat, short and apart.
+    readable = shard.rpartition("/")[2][:80]
+    return f"{readable}.{hashlib.sha256(shard.encode()).hexdigest()[:8]}"
+
+
+def _nearest_existing(path: Path) -> Path:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def _make_scratch(work: Path) -> tuple[Path, int]:
+    """Make a scratch folder that is locked before anybody can see it."""
+    token = secrets.token_hex(8)
+    hidden = work / f".{token}"
+    hidden.mkdir()
+    lock = try_lock(hidden / "lock")
+    if lock is None:
+        raise RuntimeError(f"a fresh lock in {hidden} is already held")
+    return hidden.rename(work / token), lock
+
+
+def _adopt(work: Path) -> tuple[Path, int] | None:
+    """Take over the scratch of a dead attempt; remove what further dead attempts left."""
+    adopted: tuple[Path, int] | None = None
+    for folder in sorted(work.iterdir()):
+        if folder.name.startswith("."):  # being made; `discard` clears those that never were
+            continue
+        lock = _lock_of(folder)
+        if lock is None:
+            continue
+        if adopted is None and (folder / "journal").exists():
+            adopted = folder, lock
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+    return adopted
+
+
+def _lock_of(folder: Path) -> int | None:
+    """Lock a scratch folder; None if it is held, or vanished meanwhile."""
+    try:
+        lock = try_lock(folder / "lock")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if lock is None:
+        return None
+    try:
+        same = os.fstat(lock).st_ino == (folder / "lock").stat().st_ino
+    except FileNotFoundError:
+        same = False
+    if not same:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _discard_scratch(folder: Path) -> bool:
+    """Remove a dead attempt's scratch; say whether a live one still holds it."""
+    lock = _lock_of(folder)
+    if lock is None:
+        return folder.exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+    return False
+
+
+def _sync_tree(tree: Path) -> None:
+    for parent, _, names in os.walk(tree):
+        for name in names:
+            fd = os.open(Path(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_folder(Path(parent))

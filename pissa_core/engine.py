@@ -1,0 +1,334 @@
+"""The way of the data, on one page: plan → shards → report → publish.
+
+The only file that knows the order of things. It yields what happens; whoever iterates turns
+that into a progress bar, a log line or the state of a job. To stop, stop iterating and close.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa_core import report
+from pissa_core.adapters.disk import disk_errors
+from pissa_core.errors import (
+    CheckpointError,
+    DiskTooSmall,
+    MemoryTooSmall,
+    NonFiniteWeight,
+    OutOfMemory,
+    OutputError,
+    PissaError,
+    Refused,
+    SourceChanged,
+    TargetError,
+    error_from,
+)
+from pissa_core.events import (
+    Event,
+    MatrixDone,
+    Planned,
+    Published,
+    Publishing,
+    ShardSealed,
+    ShardStarted,
+)
+from pissa_core.plan import Matrix, Plan, ShardPlan
+from pissa_core.planning import make_plan
+from pissa_core.ports import CheckpointSink, CheckpointSource, FileInfo, Publication, Seal
+from pissa_core.runtime import Resolved, Runtime, resolve
+from pissa_core.slots import run_in_slots
+from pissa_core.spec import PissaConfig, parse_config
+from pissa_core.split import matrix_seed, split_principal, working_bytes
+from pissa_core.tensorfile import CHUNK, TORCH_DTYPES, concatenate, make_header
+from pissa_core.workbench import Workbench, open_workbench, part_entries
+
+MANIFEST = "pissa_manifest.json"
+ADAPTER = "pissa_init/adapter_model.safetensors"
+ADAPTER_CONFIG = "pissa_init/adapter_config.json"
+
+
+def convert(
+    source: CheckpointSource,
+    sink: CheckpointSink,
+    config: PissaConfig,
+    runtime: Runtime,
+    *,
+    plan: Plan | None = None,
+) -> Iterator[Event]:
+    """Convert a checkpoint from beginning to end in this process.
+
+    Closing the iterator, or being killed, leaves what is sealed and journalled: the same call
+    goes on from there. An error that no further attempt can mend leaves nothing.
+
+    Raises:
+        PissaError: whatever `check_plan`, `run_shard` and `publish` raise.
+    """
+    plan = plan or make_plan(source, config)
+    check_plan(plan, source, sink, runtime)
+    yield Planned(plan)
+    try:
+        if sink.published() is None:
+            for shard in plan.shards:
+                yield from run_shard(plan, shard.path, source, sink, runtime)
+        yield from publish(plan, source, sink)
+    except PissaError as error:
+        if is_hopeless(error):
+            sink.discard()
+        raise
+
+
+def is_hopeless(error: PissaError) -> bool:
+    """Whether trying again cannot help, so that staged work is of no further use."""
+    kinds = (CheckpointError, TargetError, OutputError, Refused)
+    return isinstance(error, kinds)
+
+
+def check_plan(
+    plan: Plan, source: CheckpointSource, sink: CheckpointSink, runtime: Runtime
+) -> None:
+    """Refuse, before any weight is read, what cannot end well.
+
+    Raises:
+        PissaError: the first of the plan's refusals, an output that cannot take the result, or
+            a disk or memory budget that is too small for it.
+    """
+    if plan.refused:
+        first = plan.refused[0]
+        more = f" ({len(plan.refused) - 1} more are listed by the plan)" * (len(plan.refused) > 1)
+        raise error_from(first.code, f"{first.name}: {first.reason}{more}")
+    sink.check(source)
+    _check_disk(plan, sink)
+    resolved = resolve(runtime)
+    if runtime.memory_budget is not None:
+        _check_memory(plan, resolved)
+
+
+def run_shard(
+    plan: Plan, shard: str, source: CheckpointSource, sink: CheckpointSink, runtime: Runtime
+) -> Iterator[ShardStarted | MatrixDone | ShardSealed]:
+    """Convert one shard: private copy, each matrix decomposed and patched in, both files sealed.
+
+    A shard that is sealed already is not touched; matrices that a dead attempt finished are
+    checked against its journal and not done again.
+    """
+    work = next(entry for entry in plan.shards if entry.path == shard)
+    count = len(work.matrices)
+    if sink.seal_of(shard) is not None:
+        yield ShardSealed(shard, work.size, count, resumed=True)
+        return
+    with sink.attempt(shard) as attempt, disk_errors(attempt.folder):
+        with open_workbench(attempt.folder, plan, work, source) as bench:
+            yield ShardStarted(shard, count, len(bench.rows))
+            rows = dict(bench.rows)
+            for matrix in work.matrices:
+                if matrix.tensor in rows:
+                    nbytes = matrix.stop - matrix.start
+                    yield MatrixDone(shard, rows[matrix.tensor], nbytes, 0.0, resumed=True)
+            for done in _decompose_missing(plan, work, bench, resolve(runtime)):
+                rows[done.row["tensor"]] = done.row
+                yield done
+            ordered = tuple(rows[matrix.tensor] for matrix in work.matrices)
+            seal = bench.close_shard(ordered, attempt.folder)
+        attempt.seal(seal, attempt.folder / "shard", attempt.folder / "part")
+    yield ShardSealed(shard, work.size, count)
+
+
+def publish(
+    plan: Plan, source: CheckpointSource, sink: CheckpointSink
+) -> Iterator[Publishing | Published]:
+    """Write what is not shards, then make everything visible at once.
+
+    Staged work goes when the iterator is asked for more after `Published`: by then the caller
+    has recorded the success.
+    """
+    yield Publishing()
+    if sink.published() is None:
+        seals = tuple(_seal_of(sink, shard) for shard in plan.shards)
+        sink.publish(_publication(plan, source, sink, seals))
+    yield Published(sink.ref, json.loads(sink.published() or b"{}"))
+    sink.discard()
+
+
+def _decompose_missing(
+    plan: Plan, shard: ShardPlan, bench: Workbench, resolved: Resolved
+) -> Iterator[MatrixDone]:
+    config = parse_config(plan.config)
+    missing = [matrix for matrix in shard.matrices if matrix.tensor not in bench.rows]
+    sized = [(matrix, matrix_bytes(matrix, config)) for matrix in missing]
+    work = partial(_decompose, config=config, bench=bench, device=resolved.device)
+    yield from run_in_slots(work, sized, slots=resolved.slots, budget=resolved.budget)
+
+
+def _decompose(
+    matrix: Matrix, *, config: PissaConfig, bench: Workbench, device: torch.device
+) -> MatrixDone:
+    began = time.perf_counter()
+    try:
+        stored = bench.original(matrix).to(device)
+        weight = stored.t() if matrix.transposed else stored
+        split = split_principal(
+            weight,
+            matrix.rank,
+            scaling=matrix.scaling,
+            svd=config.svd,
+            seed=matrix_seed(config.svd.seed, matrix.tensor),
+            rounding=config.rounding,
+            adapter_dtype=getattr(torch, config.adapter_dtype),
+        )
+    except NonFiniteWeight as error:
+        raise NonFiniteWeight(f"{matrix.tensor}: {error.message}", hint=error.hint) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out_of_memory(error):
+            raise
+        raise _out_of_memory(matrix, config) from error
+    row = _row(matrix) | split.certificate.as_row()
+    factors: tuple[Tensor, ...] = split.R.cpu(), split.A.cpu(), split.B.cpu()
+    bench.finish(matrix, *factors, row)
+    nbytes = matrix.stop - matrix.start
+    return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
+
+
+def matrix_bytes(matrix: Matrix, config: PissaConfig) -> int:
+    """Return the bytes one matrix needs while it is in flight."""
+    dtype_bytes = TORCH_DTYPES[matrix.dtype].itemsize
+    return working_bytes(
+        matrix.out_features, matrix.in_features, matrix.rank, dtype_bytes, config.svd.method
+    )
+
+
+def _row(matrix: Matrix) -> dict[str, Any]:
+    return {
+        "module": matrix.module,
+        "tensor": matrix.tensor,
+        "shard": matrix.shard,
+        "shape": list(matrix.shape),
+        "rank": matrix.rank,
+        "scaling": matrix.scaling,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Closing:
+    """Writes the last files, which state the checksums of all others."""
+
+    plan: Plan
+    rows: tuple[Mapping[str, Any], ...]
+    source: CheckpointSource
+    sink: CheckpointSink
+
+    def __call__(self, files: Mapping[str, FileInfo]) -> dict[str, bytes]:
+        has_card = "README.md" in self.source.files()
+        source_card = self.source.read("README.md").decode(errors="replace") if has_card else None
+        readme = report.card(
+            self.plan,
+            self.rows,
+            base_model_name_or_path=self.sink.base_model_name_or_path,
+            source_card=source_card,
+            revision=self.sink.revision,
+        )
+        listed = {**files, "README.md": info_of(readme)}
+        return {"README.md": readme, MANIFEST: report.manifest(self.plan, self.rows, listed)}
+
+
+def _publication(
+    plan: Plan, source: CheckpointSource, sink: CheckpointSink, seals: tuple[Seal, ...]
+) -> Publication:
+    rows = tuple(row for seal in seals for row in seal.rows)
+    index = () if plan.index is None else (plan.index,)
+    fixed = {ADAPTER_CONFIG: _adapter_config(plan, sink), **report.pictures(plan, rows)}
+    streams: dict[str, Callable[[], Iterable[bytes]]] = {
+        path: partial(lambda content: [content], content) for path, content in fixed.items()
+    }
+    streams[ADAPTER] = partial(_assemble, plan, sink)
+    return Publication(
+        source=source,
+        shards=seals,
+        copies=(*index, *plan.side_files),
+        streams=streams,
+        closing=_Closing(plan, rows, source, sink),
+        marker=MANIFEST,
+    )
+
+
+def _assemble(plan: Plan, sink: CheckpointSink) -> Iterator[bytes]:
+    """Yield the adapter's one file: a header over all parts, then the parts' bodies in turn."""
+    entries = {shard.path: part_entries(plan, shard) for shard in plan.shards}
+    whole = make_header([entry for part in entries.values() for entry in part])
+    bodies = (_body(sink, path, make_header(part)) for path, part in entries.items())
+    return concatenate(whole, bodies)
+
+
+def _body(sink: CheckpointSink, shard: str, header: Any) -> Iterator[bytes]:
+    for start in range(len(header.encoded), header.file_size, CHUNK):
+        yield sink.read_part(shard, start, min(start + CHUNK, header.file_size))
+
+
+def _adapter_config(plan: Plan, sink: CheckpointSink) -> bytes:
+    content = {
+        **plan.adapter_config,
+        "base_model_name_or_path": sink.base_model_name_or_path,
+        "revision": sink.revision,
+    }
+    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _seal_of(sink: CheckpointSink, shard: ShardPlan) -> Seal:
+    seal = sink.seal_of(shard.path)
+    if seal is None:
+        raise SourceChanged(
+            f"{shard.path} was finished, but its files no longer have their checksums",
+            hint="run again: the shard will be converted anew",
+        )
+    return seal
+
+
+def _check_disk(plan: Plan, sink: CheckpointSink) -> None:
+    free = sink.free_bytes()
+    if free is not None and plan.estimate.peak_disk > free:
+        raise DiskTooSmall(
+            f"the output needs {plan.estimate.peak_disk:,} bytes of disk and {free:,} are free "
+            f"where {sink.ref} would lie",
+            hint="free some space, or choose an output on another disk",
+        )
+
+
+def _check_memory(plan: Plan, resolved: Resolved) -> None:
+    config = parse_config(plan.config)
+    largest = max(plan.matrices, key=lambda matrix: matrix_bytes(matrix, config))
+    needed = matrix_bytes(largest, config)
+    if needed > resolved.budget:
+        raise MemoryTooSmall(
+            f"{largest.tensor} {list(largest.shape)} needs {needed:,} bytes in flight and the "
+            f"memory budget is {resolved.budget:,}",
+            hint="raise --memory-budget, or exclude the module",
+        )
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    # torch raises a plain RuntimeError when a CPU allocation fails; there is no class for it.
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory(matrix: Matrix, config: PissaConfig) -> OutOfMemory:
+    needed = matrix_bytes(matrix, config)
+    return OutOfMemory(
+        f"memory ran out at {matrix.tensor} {list(matrix.shape)}, which needs about {needed:,} "
+        "bytes",
+        hint="use fewer slots or a smaller memory budget, or a machine with more memory",
+    )
+
+
+def info_of(content: bytes) -> FileInfo:
+    """Return size and sha256 of bytes."""
+    import hashlib
+
+    return FileInfo(len(content), hashlib.sha256(content).hexdigest())

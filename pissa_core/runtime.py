@@ -1,0 +1,67 @@
+"""Where the arithmetic runs: the device, how many matrices at a time, within how many bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pissa_core.errors import InvalidRequest
+from pissa_core.slots import default_budget, usable_cores
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What the caller wishes; None leaves it to `resolve`.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        slots: matrices in flight.
+        memory_budget: bytes that matrices in flight may take together.
+    """
+
+    device: str = "auto"
+    slots: int | None = None
+    memory_budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A runtime with every wish settled."""
+
+    device: torch.device
+    slots: int
+    budget: int
+
+
+def resolve(runtime: Runtime) -> Resolved:
+    """Settle a runtime on this machine.
+
+    On a CPU there is one slot a core, since several matrices with one BLAS thread each are done
+    sooner than one matrix with many, and the bytes do not depend on the number.
+
+    Raises:
+        InvalidRequest: if the device is not one of this machine's.
+    """
+    device = _device(runtime.device)
+    slots = runtime.slots or (usable_cores() if device.type == "cpu" else 2)
+    budget = default_budget() if runtime.memory_budget is None else runtime.memory_budget
+    return Resolved(device, slots, budget)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidRequest(
+            f"{name!r} is not a device", hint="use auto, cpu, cuda or cuda:N"
+        ) from error
+    present = torch.cuda.device_count() if device.type == "cuda" else int(device.type == "cpu")
+    if (device.index or 0) >= present:
+        raise InvalidRequest(
+            f"there is no device {name!r} here; torch sees {torch.cuda.device_count()} GPUs",
+            hint="use cpu, or auto to take what there is",
+        )
+    return device

@@ -1,0 +1,278 @@
+"""Scratch of one shard while it is being converted: private copy, factor part, journal.
+
+Matrices finish in any order; each is written in place and journalled with checksums of what was
+written. An attempt that follows a dead one checks them and does only what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from pissa_core.adapters.disk import file_info, outside, write_stream
+from pissa_core.plan import CarriedTensor, Matrix, Plan, ShardPlan
+from pissa_core.ports import CheckpointSource, Seal
+from pissa_core.tensorfile import CHUNK, Entry, Header, PatchFile, empty, make_header, memory_of
+
+_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def part_entries(plan: Plan, shard: ShardPlan) -> list[Entry]:
+    """Return what a shard contributes to the adapter, in the order of its part file."""
+    dtype = plan.config["adapter_dtype"]
+    entries = []
+    for matrix in shard.matrices:
+        shapes = (matrix.rank, matrix.in_features), (matrix.out_features, matrix.rank)
+        for key, shape in zip((matrix.key_a, matrix.key_b), shapes, strict=True):
+            nbytes = shape[0] * shape[1] * _NBYTES[dtype]
+            entries.append(Entry(key, _SPELLED[dtype], shape, nbytes))
+    entries += [
+        Entry(tensor.key, tensor.dtype, tensor.shape, tensor.stop - tensor.start)
+        for tensor in carried_of(plan, shard)
+    ]
+    return entries
+
+
+def carried_of(plan: Plan, shard: ShardPlan) -> list[CarriedTensor]:
+    """Return the tensors of this shard that the adapter stores whole."""
+    return [tensor for tensor in plan.carried if tensor.shard == shard.path]
+
+
+class Workbench:
+    """The files of one attempt at one shard, open; safe to use from several threads."""
+
+    def __init__(
+        self,
+        shard: ShardPlan,
+        source: CheckpointSource,
+        header: Header,
+        copy: PatchFile,
+        part: PatchFile,
+        journal: _Journal,
+    ) -> None:
+        self._shard = shard
+        self._source = source
+        self._header = header
+        self._copy = copy
+        self._part = part
+        self._journal = journal
+        self.rows = self._verified_rows()
+
+    def original(self, matrix: Matrix) -> Tensor:
+        """Return the matrix as the source has it, in its own dtype and stored shape.
+
+        A downloaded copy serves as its own original until its range is first written; after
+        that, only the source can tell what was there.
+        """
+        tensor, buffer = empty(matrix.shape, matrix.dtype)
+        if self._source.rereads or not self._journal.untouched(matrix.tensor):
+            self._source.read_into(self._shard.path, matrix.start, buffer)
+        else:
+            self._copy.read_into(matrix.start, buffer)
+        return tensor
+
+    def finish(
+        self, matrix: Matrix, residual: Tensor, a: Tensor, b: Tensor, row: Mapping[str, Any]
+    ) -> None:
+        """Write residual and factors in place, then journal them."""
+        self._journal.begin(matrix.tensor)
+        stored = residual.t().contiguous() if matrix.transposed else residual.contiguous()
+        pieces = [
+            (self._copy, matrix.start, memory_of(stored)),
+            (self._part, self._header.starts[matrix.key_a], memory_of(a.contiguous())),
+            (self._part, self._header.starts[matrix.key_b], memory_of(b.contiguous())),
+        ]
+        for file, start, data in pieces:
+            file.write(start, data)
+        self._journal.done(matrix.tensor, [_checksum(data) for *_, data in pieces], row)
+
+    def close_shard(self, rows: tuple[Mapping[str, Any], ...], folder: Path) -> Seal:
+        """Sync both files and take their checksums."""
+        with ThreadPoolExecutor(2) as pool:
+            syncs = [pool.submit(file.sync) for file in (self._copy, self._part)]
+            copy_info = file_info(folder / "shard")
+            part_info = file_info(folder / "part")
+            for sync in syncs:
+                sync.result()
+        return Seal(
+            shard=self._shard.path,
+            sha256=copy_info.sha256 or "",
+            size=copy_info.size,
+            part_sha256=part_info.sha256 or "",
+            part_size=part_info.size,
+            rows=rows,
+        )
+
+    def _verified_rows(self) -> dict[str, Mapping[str, Any]]:
+        """Return the rows of journalled matrices whose bytes are all still as journalled."""
+        rows = {}
+        for matrix in self._shard.matrices:
+            entry = self._journal.finished.get(matrix.tensor)
+            if entry is not None and self._checksums(matrix) == entry["checksums"]:
+                rows[matrix.tensor] = entry["row"]
+        return rows
+
+    def _checksums(self, matrix: Matrix) -> list[str]:
+        starts = self._header.starts
+        ends = _part_ends(self._header)
+        return [
+            _checksum_range(self._copy, matrix.start, matrix.stop),
+            _checksum_range(self._part, starts[matrix.key_a], ends[matrix.key_a]),
+            _checksum_range(self._part, starts[matrix.key_b], ends[matrix.key_b]),
+        ]
+
+
+@contextmanager
+def open_workbench(
+    folder: Path, plan: Plan, shard: ShardPlan, source: CheckpointSource
+) -> Iterator[Workbench]:
+    """Lay out an attempt's scratch folder, or take up what a dead attempt left in it."""
+    header = make_header(part_entries(plan, shard))
+    if not _can_go_on(folder, shard, header):
+        _lay_out(folder, plan, shard, source, header)
+    journal = _Journal(folder / "journal")
+    try:
+        with PatchFile(folder / "shard") as copy, PatchFile(folder / "part") as part:
+            yield Workbench(shard, source, header, copy, part, journal)
+    finally:
+        journal.close()
+
+
+def _lay_out(
+    folder: Path, plan: Plan, shard: ShardPlan, source: CheckpointSource, header: Header
+) -> None:
+    """Fetch the private copy and reserve the part; the journal appears when both are durable."""
+    holes = [(matrix.start, matrix.stop) for matrix in shard.matrices]
+    source.fetch(shard.path, folder / "shard", holes=holes)
+    with PatchFile(folder / "shard") as copy:
+        copy.sync()
+    with PatchFile(folder / "part", create_size=header.file_size) as part:
+        part.write(0, header.encoded)
+        for tensor in carried_of(plan, shard):
+            _carry(tensor, source, part, header.starts[tensor.key])
+        part.sync()
+    first = {"boot": _boot_id(), "around": _checksum_around(folder, shard, header)}
+    write_stream(folder / "journal.new", [json.dumps(first).encode() + b"\n"])
+    (folder / "journal.new").rename(folder / "journal")
+
+
+def _can_go_on(folder: Path, shard: ShardPlan, header: Header) -> bool:
+    """Whether a dead attempt left a journal, and all that no journal line covers is intact."""
+    if not (folder / "journal").exists():
+        return False
+    first = next(_whole_lines(folder / "journal"), {})
+    sizes = (folder / "shard").stat().st_size, (folder / "part").stat().st_size
+    if sizes != (shard.size, header.file_size):
+        return False
+    return bool(first.get("around") == _checksum_around(folder, shard, header))
+
+
+def _checksum_around(folder: Path, shard: ShardPlan, header: Header) -> str:
+    """Checksum everything in copy and part that is not a target's: headers, other tensors."""
+    digest = xxhash.xxh3_128()
+    holes = [(matrix.start, matrix.stop) for matrix in shard.matrices]
+    factors = {key for matrix in shard.matrices for key in (matrix.key_a, matrix.key_b)}
+    ends = _part_ends(header)
+    part_holes = [(header.starts[key], ends[key]) for key in header.starts if key in factors]
+    for name, size, gaps in (
+        ("shard", shard.size, holes),
+        ("part", header.file_size, part_holes),
+    ):
+        with PatchFile(folder / name) as file:
+            for start, stop in outside(gaps, size):
+                _update(digest, file, start, stop)
+    return digest.hexdigest()
+
+
+def _carry(tensor: CarriedTensor, source: CheckpointSource, part: PatchFile, start: int) -> None:
+    for begin in range(tensor.start, tensor.stop, CHUNK):
+        data = source.read(tensor.shard, begin, min(begin + CHUNK, tensor.stop))
+        part.write(start + begin - tensor.start, data)
+
+
+class _Journal:
+    """Lines of JSON: which matrices an attempt began, and which it finished with what checksums.
+
+    It is not synced line by line. A killed process loses nothing, since the kernel keeps what
+    was written; after a crash of the machine (another boot id) lines may be missing, so every
+    unfinished matrix then counts as begun. Finished ones are always verified.
+    """
+
+    def __init__(self, path: Path) -> None:
+        lines = list(_whole_lines(path))
+        self.finished = {line["done"]: line for line in lines if "done" in line}
+        self._begun = {line["begin"] for line in lines if "begin" in line}
+        self._other_boot = not lines or lines[0].get("boot") != _boot_id()
+        self._lock = threading.Lock()
+        self._file = path.open("a")
+        self._file.write("\n")  # ends a line that a kill cut short
+
+    def untouched(self, tensor: str) -> bool:
+        """Whether the range of a tensor in the private copy still holds the original."""
+        return not self._other_boot and tensor not in self._begun
+
+    def begin(self, tensor: str) -> None:
+        """Note that the range of a tensor is about to be overwritten."""
+        self._append({"begin": tensor})
+
+    def done(self, tensor: str, checksums: list[str], row: Mapping[str, Any]) -> None:
+        """Note that a matrix and its factors are written."""
+        self._append({"done": tensor, "checksums": checksums, "row": dict(row)})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self._lock:
+            if "begin" in line:
+                self._begun.add(line["begin"])
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            yield line
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else "unknown"
+
+
+def _part_ends(header: Header) -> dict[str, int]:
+    starts = list(header.starts.items())
+    following = [start for _, start in starts[1:]] + [header.file_size]
+    return {name: end for (name, _), end in zip(starts, following, strict=True)}
+
+
+def _checksum(data: memoryview) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _checksum_range(file: PatchFile, start: int, stop: int) -> str:
+    digest = xxhash.xxh3_128()
+    _update(digest, file, start, stop)
+    return digest.hexdigest()
+
+
+def _update(digest: xxhash.xxh3_128, file: PatchFile, start: int, stop: int) -> None:
+    for begin in range(start, stop, CHUNK):
+        buffer = bytearray(min(CHUNK, stop - begin))
+        file.read_into(begin, memoryview(buffer))
+        digest.update(buffer)
