@@ -1,0 +1,67 @@
+# The commands of the house. `make setup` makes .venv; everything else depends on it.
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
+  $(shell command -v $(name) >/dev/null 2>&1 && \
+    $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+# An index of other torch builds, e.g. https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# A repo id or a folder for `make demo`
+MODEL ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: help setup demo test test-slow test-browser check format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make setup         .venv with the exact versions of constraints.txt (TORCH_INDEX=URL for other torch builds)"
+	@echo "make demo          convert a real model over REST and compare it with the original (MODEL=repo or folder)"
+	@echo "make test          the tests; test-slow and test-browser have the rest"
+	@echo "make check         ruff and mypy; make format puts right what can be"
+	@echo "make bench         measure against PEFT; writes benchmarks/results and benchmarks/README.md"
+	@echo "make clean         remove caches and what demo left"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3" >&2; exit 2; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo ".venv has a Python older than 3.11: remove .venv, then make setup PYTHON=…" >&2; exit 2; }
+	@# torch alone comes from TORCH_INDEX, everything else from PyPI.
+	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url "$(TORCH_INDEX)" torch)
+	$(PIP) -e '.[test,check,bench]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m app.demo $(if $(MODEL),"$(MODEL)")
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not browser" $(PYTEST_ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not browser" $(PYTEST_ARGS)
+
+test-browser: setup
+	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/kernel.py
+	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/summary.py
+
+clean:
+	rm -rf .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
