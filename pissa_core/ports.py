@@ -87,7 +87,9 @@ class Seal:
 class Attempt(Protocol):
     """One attempt's private scratch for one shard, gone or adoptable when the attempt ends."""
 
-    folder: Path
+    @property
+    def folder(self) -> Path:
+        """The scratch folder, empty or as a dead attempt left it."""
 
     def seal(self, record: Seal, shard: Path, part: Path) -> None:
         """Hand over the finished shard and part, both already synced; durable when this returns.
@@ -120,7 +122,7 @@ class CheckpointSink(Protocol):
         """
 
     def free_bytes(self) -> int | None:
-        """Bytes that staging may still use, where that is known."""
+        """Bytes that staging may take, what it holds already included; None if not known."""
 
     def seal_of(self, shard: str) -> Seal | None:
         """Return the seal of a shard, if it has one and both its files still match it.

@@ -42,6 +42,8 @@ def run_in_slots(
     Args:
         work: called in a thread whose torch uses one intra-op thread.
         items: pairs of item and the bytes it needs while in flight.
+        slots: most items in flight.
+        budget: most bytes in flight.
     """
     waiting = list(items)[::-1]
     running: dict[Future[Result], int] = {}

@@ -79,7 +79,7 @@ def memory_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous CPU tensor, without a copy, in storage order."""
     if not tensor.is_contiguous():
         raise ValueError("only a contiguous tensor has its bytes in one piece")
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class PatchFile:

@@ -29,7 +29,8 @@ def disk_errors(where: Path) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise DiskFull(
-            f"the disk of {where} is full", hint="free some space and run the same again: it resumes"
+            f"the disk of {where} is full",
+            hint="free some space and run the same again: it resumes",
         ) from error
 
 

@@ -183,8 +183,9 @@ class LocalSink:
         self._check_writable()
 
     def free_bytes(self) -> int:
-        """Free bytes of the disk that staging and output lie on."""
-        return shutil.disk_usage(_nearest_existing(self._folder)).free
+        """Free bytes of the disk that staging and output lie on, and what staging has already."""
+        free = shutil.disk_usage(_nearest_existing(self._folder)).free
+        return free + sum(_allocated(path) for path in self._staging.rglob("*"))
 
     def seal_of(self, shard: str) -> Seal | None:
         """Read a shard's seal and check both files: unchanged since sealed, or checksums right."""
@@ -231,7 +232,7 @@ class LocalSink:
         """Return the marker of a result that an earlier attempt renamed into place."""
         try:
             announced = json.loads((self._staging / "published.json").read_bytes())
-            content = (self._folder / announced["path"]).read_bytes()
+            content: bytes = (self._folder / announced["path"]).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
         ours = hashlib.sha256(content).hexdigest() == announced["sha256"]
@@ -384,6 +385,13 @@ def _nearest_existing(path: Path) -> Path:
     while not path.exists() and path != path.parent:
         path = path.parent
     return path
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.lstat().st_blocks * 512
+    except FileNotFoundError:  # moved or removed by another attempt while we count
+        return 0
 
 
 def _make_scratch(work: Path) -> tuple[Path, int]:

@@ -1,0 +1,43 @@
+"""The adapters that one contract suite holds to the same promises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from places import CONTENTS, LocalPlace, MemoryPlace, Place
+
+from pissa_core.adapters.local import LocalSource
+from pissa_core.adapters.memory import MemorySource
+from pissa_core.ports import CheckpointSource
+
+MakeSource = Callable[[Mapping[str, bytes]], CheckpointSource]
+
+
+@pytest.fixture(params=["memory", "local"])
+def make_source(request: pytest.FixtureRequest, tmp_path: Path) -> MakeSource:
+    """Return a function that opens a source with the given files."""
+    if request.param == "memory":
+        return MemorySource
+
+    def make_local(contents: Mapping[str, bytes]) -> CheckpointSource:
+        folder = tmp_path / "source"
+        for path, content in contents.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+        return LocalSource(folder)
+
+    return make_local
+
+
+@pytest.fixture
+def source(make_source: MakeSource) -> CheckpointSource:
+    return make_source(CONTENTS)
+
+
+@pytest.fixture(params=["memory", "local"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    made = MemoryPlace() if request.param == "memory" else LocalPlace(tmp_path / "deep" / "out")
+    yield made
+    made.open().discard()
