@@ -85,8 +85,6 @@ class PissaError(Exception):
 class Refused(PissaError):
     """The request alone shows that it cannot be carried out; nothing was opened."""
 
-    code = "invalid_request"
-
 
 class InvalidRequest(Refused):
     """A request that does not fit its schema, outside the PiSSA config."""

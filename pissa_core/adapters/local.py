@@ -226,7 +226,8 @@ class LocalSink:
         record = json.loads((self._sealed(shard) / "seal.json").read_bytes())
         with (self._sealed(shard) / record["token"] / "part").open("rb") as part:
             part.seek(start)
-            return part.read(stop - start)
+            content: bytes = part.read(stop - start)
+            return content
 
     def published(self) -> bytes | None:
         """Return the marker of a result that an earlier attempt renamed into place."""
