@@ -5,6 +5,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -156,15 +158,13 @@ def test_make_knows_every_target_the_ci_script_asks_for():
 
 
 def test_constraints_are_exact_and_cover_every_requirement():
-    import tomllib
-
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     normal = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
     assert "+" not in normal["torch"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    for requirement in wanted:
+    extras = project["optional-dependencies"].values()
+    for requirement in chain(project["dependencies"], *extras):
         name = re.match(r"[\w.-]+", requirement)[0]
         assert re.sub(r"[-_.]+", "-", name).lower() in normal, requirement
 
