@@ -1,0 +1,93 @@
+"""The command `pissa`: what each word does, and how a command ends.
+
+stdout carries the result, a table or one JSON object; stderr carries progress and errors.
+Nothing here imports torch unless the command does arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from app.cli.client import cancel, jobs, resume, submit, watch
+from app.cli.errors import ExitStatus, report
+from app.cli.fetch import fetch
+from app.cli.local import convert, plan
+from app.cli.service import serve, worker
+
+DEBUG = "--debug"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="pissa-service", prog_name="pissa")
+@click.option(DEBUG, is_flag=True, help="Show tracebacks. May stand anywhere in the command.")
+def pissa(debug: bool) -> None:
+    """Turn a Hugging Face checkpoint into its PiSSA form, here or by a service.
+
+    plan and convert work in this process. serve and worker run the service; submit, jobs, watch,
+    cancel, resume and fetch talk to one at PISSA_URL (default http://127.0.0.1:8000).
+
+    Exit status: 0 done, 1 failed, 2 refused before anything was opened, 130 interrupted.
+    """
+
+
+for _command in (
+    plan,
+    convert,
+    serve,
+    worker,
+    submit,
+    jobs,
+    watch,
+    cancel,
+    resume,
+    fetch,
+):
+    pissa.add_command(_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit with its status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "_PISSA_COMPLETE" in os.environ:
+        pissa.main(prog_name="pissa")
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_run(_debug_first(given)))
+
+
+def _run(arguments: list[str]) -> int:
+    # Not `pissa.main`: click takes an EOFError, a fault in a file, for Ctrl-D.
+    debug = arguments[:1] == [DEBUG]
+    try:
+        with pissa.make_context("pissa", arguments, obj={"debug": debug}) as context:
+            pissa.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except BrokenPipeError:
+        # Whoever read stdout has enough, as in `pissa jobs | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.FAILED
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort of all
+        return report(error, debug=debug)
+    return ExitStatus.DONE
+
+
+def _debug_first(arguments: list[str]) -> list[str]:
+    """Move ``--debug`` to where click looks for it; behind ``--`` it is an argument."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = [word for word in arguments[:end] if word != DEBUG]
+    flag = [DEBUG] if len(options) < end else []
+    return [*flag, *options, *arguments[end:]]
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # SIGTERM asks for what Ctrl-C asks for: put down what is in hand, then end.
+    raise KeyboardInterrupt

@@ -1,0 +1,196 @@
+"""`pissa submit`, `jobs`, `watch`, `cancel`, `resume`: talking to a service over HTTP."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import click
+
+from app.cli import tables
+from app.cli.errors import ServiceUnreachable, on_interrupt
+from app.cli.http import Service, job_path
+from app.cli.options import config_options, json_option
+from app.cli.progress import Display, Pace, Snapshot, display
+from pissa_core.errors import PissaError, error_from
+from pissa_core.refs import parse_ref
+from pissa_core.spec import parse_config
+
+POLL_S = 0.5
+PATIENCE_S = 60.0
+"""How long `watch` goes on asking a service that does not answer; it may be restarting."""
+
+FINAL = ("succeeded", "failed", "cancelled")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--out", metavar="REF", help="Where the result goes; else the service keeps it.")
+@config_options
+@click.option("--wait", is_flag=True, help="Follow the job to its end; exit 1 if it fails.")
+@json_option
+def submit(
+    *, model: str, out: str | None, pissa: dict[str, Any], wait: bool, as_json: bool
+) -> None:
+    """Submit a job that converts MODEL.
+
+    Prints the job's id.
+    Local folders are the service's: relative ones start at its PISSA_LOCAL_ROOT.
+    """
+    parse_ref(model)
+    parse_config(pissa)
+    body: dict[str, Any] = {"kind": "base-to-pissa", "model": model, "pissa": pissa}
+    if out is not None:
+        parse_ref(out)
+        body["output"] = out
+    service = Service.from_environment()
+    job = service.post(
+        "v1/jobs", body, headers={"Idempotency-Key": str(uuid.uuid4())}, with_hub_token=True
+    )
+    if not wait:
+        tables.print_json(job) if as_json else print(job["id"])
+        return
+    if not as_json:
+        print(job["id"], flush=True)
+    _follow_and_print(service, job["id"], as_json=as_json)
+
+
+@click.command()
+@click.option("--status", metavar="S[,S…]", help="Only jobs in these states.")
+@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
+@click.option("--after", metavar="CURSOR", help="Go on where an earlier page ended.")
+@json_option
+def jobs(*, status: str | None, limit: int, after: str | None, as_json: bool) -> None:
+    """List jobs, newest first."""
+    params: dict[str, str | int] = {"limit": limit}
+    params |= {"status": status} if status else {}
+    params |= {"after": after} if after else {}
+    page = Service.from_environment().get("v1/jobs", **params)
+    if as_json:
+        tables.print_json(page)
+        return
+    tables.print_jobs(page["jobs"])
+    if page["next"]:
+        click.echo(f"more: pissa jobs --after {page['next']}", err=True)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+def watch(*, job_id: str, as_json: bool) -> None:
+    """Follow a job to its end; exit 1 if it fails or is cancelled."""
+    _follow_and_print(Service.from_environment(), job_id, as_json=as_json)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@click.option("--discard", is_flag=True, help="Remove sealed work too; a resume begins anew.")
+@json_option
+def cancel(*, job_id: str, discard: bool, as_json: bool) -> None:
+    """Cancel a job; what is sealed stays for a resume."""
+    service = Service.from_environment()
+    _print_state(service.post(job_path(job_id, "cancel"), {"discard": discard}), as_json)
+
+
+@click.command()
+@click.argument("job_id", metavar="ID")
+@json_option
+def resume(*, job_id: str, as_json: bool) -> None:
+    """Queue a failed or cancelled job again.
+
+    It goes on from what is sealed.
+    """
+    service = Service.from_environment()
+    _print_state(service.post(job_path(job_id, "resume"), with_hub_token=True), as_json)
+
+
+def _print_state(job: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        tables.print_json(job)
+    else:
+        print(f"{job['id']}  {job['status']}")
+
+
+def _follow_and_print(service: Service, job_id: str, *, as_json: bool) -> None:
+    message = f"interrupted: the job goes on; `pissa watch {job_id}` follows it again"
+    with on_interrupt(message), display() as shown:
+        job = follow(service, job_id, shown)
+    if as_json:
+        tables.print_json(job)
+    elif job["status"] == "succeeded":
+        tables.print_result(job["result"] or {})
+    if job["status"] != "succeeded":
+        raise _failure(job)
+
+
+def follow(service: Service, job_id: str, shown: Display) -> dict[str, Any]:
+    """Show a job's progress until it is final, and return it.
+
+    It asks rather than listens: that works through every proxy, and survives a restart of the
+    service without a second way of doing things.
+    """
+    track = Track()
+    quiet_since: float | None = None
+    while True:
+        try:
+            job = service.get(job_path(job_id))
+        except ServiceUnreachable:
+            quiet_since = quiet_since or time.monotonic()
+            if track.started is False or time.monotonic() - quiet_since > PATIENCE_S:
+                raise
+            shown.show(Snapshot("no answer from the service, asking again"))
+        else:
+            quiet_since = None
+            shown.show(track.snapshot(job))
+            if job["status"] in FINAL:
+                return job
+        time.sleep(POLL_S)
+
+
+@dataclass(slots=True)
+class Track:
+    """What successive looks at a job tell together: the pace."""
+
+    started: bool = False
+    pace: Pace = field(default_factory=Pace)
+    _seen: int = 0
+
+    def snapshot(self, job: Mapping[str, Any]) -> Snapshot:
+        """Turn a job into progress."""
+        progress = job["progress"]
+        nbytes = progress["bytes"]["done"]
+        if not self.started or nbytes < self._seen:
+            self.pace = Pace()
+        else:
+            self.pace.add(nbytes - self._seen)
+        self.started, self._seen = True, nbytes
+        return Snapshot(
+            label=_label(job),
+            noun="matrices",
+            done=progress["matrices"]["done"],
+            total=progress["matrices"]["total"],
+            nbytes=nbytes,
+            total_nbytes=progress["bytes"]["total"],
+            rate=self.pace.rate(),
+            left_s=job["eta_s"],
+        )
+
+
+def _label(job: Mapping[str, Any]) -> str:
+    status, phase = str(job["status"]), str(job["phase"])
+    return phase if status == "running" else status
+
+
+def _failure(job: Mapping[str, Any]) -> PissaError:
+    error = job.get("error") or {}
+    again = f"`pissa resume {job['id']}` goes on from what is sealed"
+    if job["status"] == "cancelled":
+        return error_from("cancelled", f"job {job['id']} was cancelled", again)
+    return error_from(
+        error.get("code", "internal"),
+        error.get("message", f"job {job['id']} failed and does not say why"),
+        error.get("hint") or again,
+    )

@@ -1,0 +1,154 @@
+"""What commands print on stdout: one JSON object, or tables for reading."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from app.cli.units import count, duration, size
+
+Row = Sequence[str]
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(header: Row, rows: Iterable[Row], *, right: Sequence[int] = ()) -> None:
+    """Print a table; on a terminal it is ruled and fits, in a pipe nothing is cut or wrapped."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    on_terminal = sys.stdout.isatty()
+    console = Console(width=None if on_terminal else 100_000, highlight=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD if on_terminal else None, pad_edge=False)
+    for index, title in enumerate(header):
+        table.add_column(title, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names and values, one a line, aligned."""
+    width = max(len(name) for name in facts)
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def print_plan(plan: Mapping[str, Any]) -> None:
+    """Print a plan as `POST /v1/plans` describes it, its matrices grouped by kind."""
+    groups = group_matrices(plan["matrices"])
+    print_table(
+        ("modules", "number", "shape", "rank", "scaling"),
+        [(kind, str(n), shape, rank, scaling) for (kind, shape, rank, scaling), n in groups],
+        right=(1, 3, 4),
+    )
+    print()
+    if plan["refused"]:
+        rows = [(r["name"], r["code"], r["reason"]) for r in plan["refused"]]
+        print_table(("refused", "code", "reason"), rows)
+        print()
+    print_facts(_plan_facts(plan))
+
+
+def group_matrices(
+    matrices: Iterable[Mapping[str, Any]],
+) -> list[tuple[tuple[str, str, str, str], int]]:
+    """Count matrices that differ in nothing but the numbers in their path.
+
+    560 matrices of a 70B model become seven lines, ``model.layers.*.self_attn.q_proj`` and so on.
+    """
+    kinds = Counter(
+        (
+            re.sub(r"(?<![^.])\d+(?![^.])", "*", matrix["module"]),
+            " × ".join(str(length) for length in matrix["shape"]),
+            str(matrix["rank"]),
+            f"{matrix['scaling']:g}",
+        )
+        for matrix in matrices
+    )
+    return list(kinds.items())
+
+
+def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
+    nbytes = plan["bytes"]
+    facts = {
+        "source": plan["source"],
+        "model class": f"{plan['model_class'] or 'unknown'} (names from {plan['names_from']})",
+        "matrices": str(len(plan["matrices"])),
+        "trainable parameters": count(plan["trainable_parameters"]),
+        "read": size(nbytes["read"]),
+        "written": f"{size(nbytes['written'])}, of it adapter {size(nbytes['adapter'])}",
+        "peak memory": f"about {size(plan['peak_memory_bytes'])}",
+        "peak disk": f"about {size(plan['peak_disk_bytes'])}",
+    }
+    if plan["left_out"]:
+        facts["left out"] = ", ".join(plan["left_out"])
+    return facts
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """Print the result of a conversion, and how to load it."""
+    facts = {"output": result.get("output") or "kept by the service"}
+    if result.get("matrices") is not None:
+        facts["matrices"] = str(result["matrices"])
+    shares = ("energy", "max_missed", "max_recombination_error")
+    names = ("captured energy", "most energy missed", "largest recombination error")
+    facts |= {
+        name: f"{result[key]:.3g}"
+        for key, name in zip(shares, names, strict=True)
+        if result.get(key) is not None
+    }
+    if result.get("seconds") is not None:
+        facts["time"] = duration(result["seconds"])
+    if result.get("peak_memory_bytes"):
+        facts["peak memory"] = size(result["peak_memory_bytes"])
+    print_facts(facts)
+
+
+def loading_snippet(base: str, revision: str | None = None, model_class: str | None = None) -> str:
+    """Say in Python how stock transformers and PEFT load the pair."""
+    loader = model_class or "AutoModel"
+    pinned = f', revision="{revision}"' if revision else ""
+    return (
+        f"from peft import PeftModel\n"
+        f"from transformers import {loader}\n\n"
+        f'base = {loader}.from_pretrained("{base}"{pinned})\n'
+        f'model = PeftModel.from_pretrained(\n    base, "{base}"{pinned}, '
+        f'subfolder="pissa_init", is_trainable=True\n)'
+    )
+
+
+def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
+    """Print one line a job."""
+    print_table(
+        ("id", "status", "phase", "matrices", "created", "model"),
+        [
+            (
+                job["id"],
+                job["status"],
+                job["phase"],
+                _of(job["progress"]["matrices"]),
+                str(job["created_at"]),
+                _asked(job["request"]),
+            )
+            for job in jobs
+        ],
+        right=(3,),
+    )
+
+
+def _of(counted: Mapping[str, int]) -> str:
+    return f"{counted['done']}/{counted['total']}" if counted["total"] else "-"
+
+
+def _asked(request: Mapping[str, Any]) -> str:
+    source = request.get("model") or request.get("initial") or request.get("residual")
+    return str(source or request.get("original") or "")
