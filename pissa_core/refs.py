@@ -108,7 +108,7 @@ def _strip_file_scheme(text: str) -> str:
         path = "/" + rest
     if not path:
         raise InvalidReference(f"{text!r} names no folder")
-    decoded = unquote(path)
+    decoded = _decoded(path, text)
     return decoded if decoded.startswith(("/", "./", "../")) else f"./{decoded}"
 
 
@@ -135,7 +135,14 @@ def _parse_hub(text: str) -> HubRef:
             f"{text!r} is not a Hub reference: {repo_id!r} is not a repo id (org/name)",
             hint="a local folder begins with /, ./, ../, ~ or file:",
         ) from error
-    return HubRef(repo_id, unquote(revision) or None, _checked_subfolder(subfolder, text))
+    return HubRef(repo_id, _decoded(revision, text) or None, _checked_subfolder(subfolder, text))
+
+
+def _decoded(quoted: str, text: str) -> str:
+    decoded = unquote(quoted)
+    if any(ord(char) < 32 for char in decoded):
+        raise InvalidReference(f"{text!r} holds control characters, percent-encoded")
+    return decoded
 
 
 def _split_hub_path(path: str, text: str) -> tuple[str, str, str]:

@@ -1,0 +1,207 @@
+"""From the bytes of a request's body to a request that can be submitted, or the reason why not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from app.errors import InvalidFields, PayloadTooLarge, looks_like_hub_token
+from pissa_core.errors import InvalidConfig, InvalidRequest, OutsideLocalRoot, PissaError
+from pissa_core.refs import LocalRef, parse_ref, resolve_local
+from worker.contract import BaseToPissa, JobRequest
+
+MAX_BODY_BYTES = 1 << 20
+_REFERENCES = ("model", "initial", "trained", "residual", "adapter", "original", "converted")
+_LONGEST_ECHO = 80
+_Value = TypeVar("_Value")
+
+_job_request: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
+_plan_request: TypeAdapter[BaseToPissa] = TypeAdapter(BaseToPissa)
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """An accepted body: what is asked, and a digest that is the same for the same body."""
+
+    request: JobRequest
+    digest: str
+
+
+async def job_body(request: Request) -> Intake:
+    """Read the body of a submitted job."""
+    return await _intake(request, _job_request)
+
+
+async def plan_body(request: Request) -> Intake:
+    """Read the body of a request for a plan."""
+    return await _intake(request, _plan_request)
+
+
+JobBody = Annotated[Intake, Depends(job_body)]
+PlanBody = Annotated[Intake, Depends(plan_body)]
+
+
+async def _intake(request: Request, schema: TypeAdapter[Any]) -> Intake:
+    body = await read_body(request)
+    # References below the local root are looked up on disk: not on the event loop.
+    return await run_in_threadpool(accept, body, schema, request.app.state.settings.local_root)
+
+
+async def read_body(request: Request) -> bytes:
+    """Return the body.
+
+    Raises:
+        PayloadTooLarge: as soon as more than `MAX_BODY_BYTES` are announced or have come.
+    """
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
+        raise _too_large()
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise _too_large()
+    return bytes(body)
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
+
+
+def accept(body: bytes, schema: TypeAdapter[Any], local_root: Path | None) -> Intake:
+    """Check everything about a body that can be known without opening anything.
+
+    Raises:
+        InvalidFields: for the first thing that is wrong, naming its place.
+    """
+    data = parse_object(body)
+    _check_references(data, local_root)
+    request = check(schema, data)
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+    return Intake(request, hashlib.sha256(canonical).hexdigest())
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Read a JSON object, strictly: UTF-8, no NaN, no lone surrogates, no bottomless nesting."""
+    try:
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise InvalidFields(
+            InvalidRequest(f"the body is not JSON: {error}"),
+            [{"loc": ["body"], "msg": str(error)}],
+        ) from error
+    if not isinstance(data, dict):
+        raise InvalidFields(
+            InvalidRequest(f"the body must be a JSON object, not {_kind_of(data)}"),
+            [{"loc": ["body"], "msg": "an object is needed"}],
+        )
+    for place, text in _strings(data, ("body",)):
+        if looks_like_hub_token(text):
+            raise InvalidFields(
+                InvalidRequest(
+                    f"{_dotted(place)} holds what looks like a token of the Hub; bodies are kept",
+                    hint="send a token in the header X-Hub-Token, and replace this one",
+                ),
+                [{"loc": list(place), "msg": "looks like a token"}],
+            )
+    return data
+
+
+def check(schema: TypeAdapter[_Value], data: object) -> _Value:
+    """Validate `data`; a fault below `pissa` is the config's, any other the request's."""
+    try:
+        return schema.validate_python(data)
+    except ValidationError as error:
+        places = [
+            {"loc": ["body", *_place(item["loc"], data)], "msg": _sentence(item)}
+            for item in error.errors(include_url=False)
+        ]
+        loc, message = places[0]["loc"], places[0]["msg"]
+        refusal = InvalidConfig if loc[1:2] == ["pissa"] else InvalidRequest
+        raise InvalidFields(refusal(f"{_dotted(loc)}: {message}"), places) from error
+
+
+def _place(loc: tuple[int | str, ...], data: object) -> tuple[int | str, ...]:
+    """Return where a fault lies, without the tag that a union puts in front."""
+    tagged = len(loc) > 1 and isinstance(data, Mapping) and loc[0] not in data
+    return loc[1:] if tagged else loc
+
+
+def _sentence(item: Mapping[str, Any]) -> str:
+    """Say what is wrong with one field and what was given, if that is short and plain."""
+    if item["type"] == "extra_forbidden":
+        return "there is no such field"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    given = item["input"]
+    if item["type"] != "value_error" and isinstance(given, str | int | float | None):
+        shown = repr(given)
+        return message if len(shown) > _LONGEST_ECHO else f"{message} (got {shown})"
+    return message
+
+
+def _check_references(data: Mapping[str, Any], local_root: Path | None) -> None:
+    """Refuse a reference that is none, or that leaves the folder the service may touch."""
+    for place, text in _references(data):
+        try:
+            reference = parse_ref(text)
+            if isinstance(reference, LocalRef):
+                _check_local(reference, local_root)
+        except PissaError as error:
+            raise InvalidFields(error, [{"loc": ["body", *place], "msg": error.message}]) from error
+
+
+def _references(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    for field in _REFERENCES:
+        if isinstance(data.get(field), str):
+            yield (field,), data[field]
+    output = data.get("output")
+    if isinstance(output, str):
+        yield ("output",), output
+    elif isinstance(output, Mapping) and isinstance(output.get("ref"), str):
+        yield ("output", "ref"), output["ref"]
+
+
+def _check_local(reference: LocalRef, local_root: Path | None) -> None:
+    if local_root is None:
+        raise OutsideLocalRoot(
+            f"{reference.path!r} is a local folder, and this service takes Hub references only",
+            hint="the operator can allow one folder with PISSA_LOCAL_ROOT",
+        )
+    resolve_local(reference, local_root)
+
+
+def _strings(value: object, place: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Yield every string in JSON data, keys included, with its place."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield place, key
+            yield from _strings(item, (*place, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _strings(item, (*place, index))
+
+
+def _dotted(place: Sequence[Any]) -> str:
+    return ".".join(str(part) for part in place[1:]) or "the body"
+
+
+def _kind_of(value: object) -> str:
+    names: dict[type, str] = {list: "an array", str: "a string", bool: "a boolean"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+async def optional_object(request: Request) -> dict[str, Any]:
+    """Read a body that may be left out."""
+    body = await read_body(request)
+    return parse_object(body) if body.strip() else {}

@@ -1,0 +1,104 @@
+"""The OpenAPI document: what FastAPI derives, the bodies we read ourselves, and every error."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from app.errors import PROBLEM_JSON, RETRY_AFTER_S
+from app.schemas import CancelBody, Problem
+from worker.contract import BaseToPissa
+
+Responses = dict[int | str, dict[str, Any]]
+
+_REF = "#/components/schemas/{model}"
+_EXAMPLES: dict[int, tuple[str, str]] = {
+    401: ("unauthorized", "this service needs an API key"),
+    403: ("forbidden", "without API keys this service answers only to this machine"),
+    404: ("not_found", "there is no job 'job_0193f2a8c4e17d5b'"),
+    409: ("conflict", "the job is running; only finished jobs can be deleted"),
+    413: ("payload_too_large", "the body is larger than 1048576 bytes"),
+    416: ("range_not_satisfiable", "the range begins behind the end of the file, 640 bytes"),
+    422: ("invalid_config", "pissa.rank: Input should be greater than or equal to 1 (got 0)"),
+    429: ("rate_limited", "the Hub asks to wait"),
+    500: ("internal", "something went wrong inside the service"),
+    503: ("store_unavailable", "the job store does not answer"),
+    504: ("plan_timeout", "the plan was not ready within 30 seconds"),
+}
+
+
+def problems(*statuses: int) -> Responses:
+    """Return the documentation of the error answers a route can give, and 500."""
+    return {status: _documented(status) for status in (*statuses, 500)}
+
+
+def _documented(status: int) -> dict[str, Any]:
+    code, detail = _EXAMPLES[status]
+    phrase = HTTPStatus(status).phrase
+    example = {
+        "type": "about:blank",
+        "title": phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "hint": None,
+        "errors": [],
+    }
+    answer: dict[str, Any] = {
+        "description": phrase,
+        "content": {
+            PROBLEM_JSON: {"schema": {"$ref": _REF.format(model="Problem")}, "example": example}
+        },
+    }
+    if status in (429, 503):
+        answer["headers"] = {"Retry-After": _header("integer", RETRY_AFTER_S)}
+    if status == 401:
+        answer["headers"] = {"WWW-Authenticate": _header("string", 'Bearer realm="pissa"')}
+    return answer
+
+
+def _header(kind: str, example: object) -> dict[str, Any]:
+    return {"schema": {"type": kind}, "example": example}
+
+
+def answer(description: str, example: object, **headers: object) -> dict[str, Any]:
+    """Return the documentation of a JSON answer, with an example of each header it carries."""
+    documented: dict[str, Any] = {
+        "description": description,
+        "content": {"application/json": {"example": example}},
+    }
+    if headers:
+        documented["headers"] = {
+            name.replace("_", "-"): _header("string", value) for name, value in headers.items()
+        }
+    return documented
+
+
+def body_of(model: str, examples: dict[str, Any], *, required: bool = True) -> dict[str, Any]:
+    """Return `openapi_extra` for a JSON body that the route reads by itself."""
+    content = {"schema": {"$ref": _REF.format(model=model)}, "examples": examples}
+    return {"requestBody": {"required": required, "content": {"application/json": content}}}
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """Build the document once, and add the schemas that no route declares to FastAPI."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title,
+            version=app.version,
+            summary=app.summary,
+            description=app.description,
+            routes=app.routes,
+            tags=app.openapi_tags,
+        )
+        _, definitions = models_json_schema(
+            [(BaseToPissa, "validation"), (CancelBody, "validation"), (Problem, "validation")],
+            ref_template=_REF,
+        )
+        schema["components"]["schemas"] |= definitions["$defs"]
+        app.openapi_schema = schema
+    return app.openapi_schema
