@@ -1,0 +1,127 @@
+"""A checkpoint and a config become a plan: headers read, targets resolved, the cost estimated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pissa_core.layout import read_layout
+from pissa_core.plan import Estimate, Matrix, Plan, ShardPlan
+from pissa_core.ports import CheckpointSource
+from pissa_core.slots import usable_cores
+from pissa_core.spec import PissaConfig
+from pissa_core.split import working_bytes
+from pissa_core.targets import resolve_targets
+from pissa_core.tensorfile import TORCH_DTYPES, make_header
+from pissa_core.workbench import part_entries
+
+IMPORT_FOOTPRINT = 480_000_000
+"""Bytes of a process that has imported torch, transformers and peft and made a plan.
+
+Measured as the peak resident size on Linux with CPU builds (`tests/core/test_planning.py` holds
+it to what it is there); a CUDA context adds its own.
+"""
+_ROW_BYTES = 1024
+_SIGMA_BYTES = 24
+_UNKNOWN = Estimate(0, 0, 0, 0, 0)
+
+
+def make_plan(
+    source: CheckpointSource,
+    config: PissaConfig,
+    *,
+    slots: int | None = None,
+    memory_budget: int | None = None,
+) -> Plan:
+    """Decide what will happen to every tensor of `source`; reads headers and config.json only.
+
+    What was asked for and cannot be converted correctly stands in `Plan.refused`.
+
+    Args:
+        source: the checkpoint.
+        config: what to decompose and how.
+        slots: matrices in flight, for the estimate of memory; None: one a core.
+        memory_budget: bytes that matrices in flight may take together; None: no limit.
+
+    Raises:
+        PissaError: the checkpoint's files are not what they should be, or nothing matched.
+    """
+    layout = read_layout(source)
+    targets = resolve_targets(layout, config)
+    matrices = _by_shard(targets.matrices)
+    plan = Plan(
+        source=source.ref,
+        commit=source.commit,
+        model_class=targets.model_class,
+        names_from=targets.names_from,
+        config=accepted_config(config),
+        adapter_config=targets.adapter_config,
+        shards=tuple(
+            ShardPlan(shard.path, shard.size, matrices.get(shard.path, ()))
+            for shard in layout.shards
+        ),
+        carried=targets.carried,
+        index=layout.index,
+        side_files=layout.side_files,
+        left_out=layout.left_out,
+        refused=targets.refused,
+        estimate=_UNKNOWN,
+    )
+    sizes = {path: info.size for path, info in source.files().items()}
+    cost = estimate(plan, sizes, slots=slots or usable_cores(), memory_budget=memory_budget)
+    return dataclasses.replace(plan, estimate=cost)
+
+
+def accepted_config(config: PissaConfig) -> dict[str, Any]:
+    """Return the config as JSON data with every default filled in; `parse_config` reads it."""
+    return {**config.model_dump(mode="json"), "lora_alpha": config.alpha}
+
+
+def matrix_bytes(matrix: Matrix, method: str) -> int:
+    """Return the bytes of memory one matrix needs while it is in flight."""
+    itemsize = TORCH_DTYPES[matrix.dtype].itemsize
+    return working_bytes(matrix.out_features, matrix.in_features, matrix.rank, itemsize, method)
+
+
+def estimate(
+    plan: Plan, sizes: Mapping[str, int], *, slots: int, memory_budget: int | None
+) -> Estimate:
+    """Foresee the cost of a plan from the sizes of its files.
+
+    ``read`` and ``written`` count whole files, each once; ``adapter`` is exact. ``peak_disk`` adds
+    to the output the factors a second time, in the parts they are assembled from, and the rows
+    of journal, seals and manifest. ``peak_memory`` is the import footprint plus the `slots`
+    largest matrices in flight, as far as the budget lets them fly together.
+    """
+    index = () if plan.index is None else (plan.index,)
+    read = sum(shard.size for shard in plan.shards)
+    read += sum(sizes[path] for path in (*index, *plan.side_files))
+    adapter = adapter_bytes(plan)
+    rows = sum(_ROW_BYTES + _SIGMA_BYTES * matrix.rank for matrix in plan.matrices)
+    method = plan.config["svd"]["method"]
+    flights = sorted((matrix_bytes(matrix, method) for matrix in plan.matrices), reverse=True)
+    memory = sum(flights[:slots])
+    if memory_budget is not None:
+        # A matrix larger than the budget runs alone, so the largest is the least there can be.
+        memory = max([min(memory, memory_budget), *flights[:1]])
+    return Estimate(
+        read=read,
+        written=read + adapter,
+        adapter=adapter,
+        peak_memory=IMPORT_FOOTPRINT + memory,
+        peak_disk=read + 2 * adapter + 3 * rows,
+    )
+
+
+def adapter_bytes(plan: Plan) -> int:
+    """Return the size of the adapter's file, header and all."""
+    entries = [entry for shard in plan.shards for entry in part_entries(plan, shard)]
+    return make_header(entries).file_size
+
+
+def _by_shard(matrices: Iterable[Matrix]) -> Mapping[str, tuple[Matrix, ...]]:
+    grouped: dict[str, tuple[Matrix, ...]] = {}
+    for matrix in sorted(matrices, key=lambda matrix: (matrix.shard, matrix.start)):
+        grouped[matrix.shard] = (*grouped.get(matrix.shard, ()), matrix)
+    return grouped

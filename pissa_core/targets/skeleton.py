@@ -1,0 +1,157 @@
+"""The model's module tree without weights: transformers' own class on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging as transformers_logging
+
+from pissa_core.errors import UnsupportedArchitecture
+from pissa_core.targets.checkpoint_tree import build_from_keys
+from pissa_core.targets.resolve import NamesFrom
+
+if TYPE_CHECKING:
+    from pissa_core.layout import Layout
+
+# Where no architecture is named, the class that a model type was pre-trained as comes first.
+_HEADS = (
+    modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    modeling_auto.MODEL_MAPPING_NAMES,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A module tree on the meta device, and where its names come from."""
+
+    model: PreTrainedModel
+    model_class: str | None
+    names_from: NamesFrom
+
+    @property
+    def native(self) -> bool:
+        """Whether the tree is that of a class of transformers."""
+        return self.names_from == "transformers"
+
+
+def build_skeleton(layout: Layout) -> Skeleton:
+    """Build the class that config.json names, or a tree from the keys if nobody knows it.
+
+    Raises:
+        UnsupportedArchitecture: config.json and the class do not go together.
+    """
+    named = _named_class(layout.config)
+    known = _known_class(layout, named)
+    if known is None:
+        return Skeleton(build_from_keys(layout, named), named, "checkpoint keys")
+    model_class, config_class = known
+    config = _read_config(config_class, layout)
+    return Skeleton(_build(model_class, config), model_class.__name__, "transformers")
+
+
+def _named_class(config: Mapping[str, Any]) -> str | None:
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures and isinstance(architectures[0], str):
+        return architectures[0]
+    return None
+
+
+def _known_class(
+    layout: Layout, named: str | None
+) -> tuple[type[PreTrainedModel], type[PretrainedConfig]] | None:
+    """Return model and config class, if transformers has both; never a checkpoint's own code."""
+    model_type = layout.config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        return None
+    if named is None:
+        named = _class_by_keys(layout, model_type)
+    model_class = getattr(transformers, named, None) if named and named.isidentifier() else None
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        return None
+    return model_class, CONFIG_MAPPING[model_type]
+
+
+def _class_by_keys(layout: Layout, model_type: str) -> str | None:
+    """Choose the class of a config without architectures, by whether the keys have its prefix."""
+    for mapping in _HEADS:
+        name = mapping.get(model_type)
+        name = name[0] if isinstance(name, (tuple, list)) else name
+        if name is None:
+            continue
+        prefix = getattr(transformers, name).base_model_prefix
+        if mapping is modeling_auto.MODEL_MAPPING_NAMES or any(
+            key.startswith(f"{prefix}.") for key in layout.tensors
+        ):
+            return str(name)
+    return None
+
+
+def _read_config(config_class: type[PretrainedConfig], layout: Layout) -> PretrainedConfig:
+    content = copy.deepcopy(dict(layout.config))
+    # A repo id left here by the author would have PEFT ask the Hub about it.
+    content.pop("_name_or_path", None)
+    try:
+        config = config_class.from_dict(content)
+    except Exception as error:
+        raise UnsupportedArchitecture(
+            f"config.json is not a config of model type {config_class.model_type!r}: {error}"
+        ) from error
+    _check_depth(config, len(layout.tensors))
+    return config
+
+
+def _check_depth(config: PretrainedConfig, tensors: int) -> None:
+    """Refuse a depth that the checkpoint cannot have, before a tree of that size is built."""
+    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    for part in parts:
+        depth = getattr(part, "num_hidden_layers", None)
+        if isinstance(depth, int) and depth > tensors:
+            raise UnsupportedArchitecture(
+                f"config.json says {depth} layers, the checkpoint has only {tensors} tensors"
+            )
+
+
+def _build(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Build the model as `from_pretrained` does before it loads any weight."""
+    contexts = model_class.get_init_context(
+        torch.float32, is_quantized=False, _is_ds_init_called=False, allow_all_kernels=None
+    )
+    config._attn_implementation = "eager"
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(quiet())
+            for context in (*contexts, no_init_weights()):
+                stack.enter_context(context)
+            return model_class(config)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnsupportedArchitecture(
+            f"{model_class.__name__} cannot be built from config.json: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the model class's own remarks about its config out of our output."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
