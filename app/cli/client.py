@@ -13,7 +13,7 @@ import click
 from app.cli import tables
 from app.cli.errors import ServiceUnreachable, on_interrupt
 from app.cli.http import Service, job_path
-from app.cli.options import config_options, json_option
+from app.cli.options import config_options, job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display
 from pissa_core.errors import PissaError, error_from
 from pissa_core.refs import parse_ref
@@ -78,7 +78,7 @@ def jobs(*, status: str | None, limit: int, after: str | None, as_json: bool) ->
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@job_argument
 @json_option
 def watch(*, job_id: str, as_json: bool) -> None:
     """Follow a job to its end; exit 1 if it fails or is cancelled."""
@@ -86,7 +86,7 @@ def watch(*, job_id: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@job_argument
 @click.option("--discard", is_flag=True, help="Remove sealed work too; a resume begins anew.")
 @json_option
 def cancel(*, job_id: str, discard: bool, as_json: bool) -> None:
@@ -96,7 +96,7 @@ def cancel(*, job_id: str, discard: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@job_argument
 @json_option
 def resume(*, job_id: str, as_json: bool) -> None:
     """Queue a failed or cancelled job again.

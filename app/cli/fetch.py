@@ -24,7 +24,7 @@ import click
 from app.cli import tables
 from app.cli.errors import on_interrupt
 from app.cli.http import Service, job_path
-from app.cli.options import json_option
+from app.cli.options import job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display
 from app.cli.units import size
 from pissa_core.errors import DownloadCorrupt, OutputExists, UnsafePath, error_from
@@ -44,7 +44,7 @@ class RemoteFile:
 
 
 @click.command()
-@click.argument("job_id", metavar="ID")
+@job_argument
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @json_option
 def fetch(*, job_id: str, folder: Path, as_json: bool) -> None:

@@ -172,6 +172,21 @@ class Device(click.ParamType[str]):
         return str(value)
 
 
+class JobId(click.ParamType[str]):
+    """The id of a job, as `submit` prints it."""
+
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the letters; whether there is such a job, the service knows."""
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,200}", str(value)):
+            self.fail(f"{value!r} is no job id; `pissa jobs` lists them", param)
+        return str(value)
+
+
+job_argument = click.argument("job_id", metavar="ID", type=JobId())
+
+
 def budget_options(command: Callable[P, R]) -> Callable[P, R]:
     """``--slots`` and ``--memory-budget``: how much of the machine a conversion may use."""
     for option in (
