@@ -272,7 +272,7 @@ def _read_object(source: CheckpointSource, path: str, largest: int) -> dict[str,
 
 
 def _check_named_path(path: str, where: str) -> None:
-    """Check a path that a file of the checkpoint names: on Windows ``\\`` would separate, too."""
+    """Check a path that a file names: no backslash either, which separates on Windows."""
     _check_path(path, where, forbidden="\0\\")
 
 

@@ -1,0 +1,248 @@
+"""The one door to the Hub: the official client, with timeouts, bounded waiting and our errors.
+
+The client's own defaults are not ours: it sets no timeout, its calls about a repo are not tried
+again, and its retries wait as long as any server tells them to.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import httpx2
+from huggingface_hub import HfApi, hf_hub_url, set_client_factory
+from huggingface_hub.constants import ENDPOINT
+from huggingface_hub.hf_api import ModelInfo, RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils._http import hf_request_event_hook
+
+from pissa_core.adapters.hub.trouble import OPENING, TRANSFER, TROUBLES, Patience, Subject, Waiting
+from pissa_core.errors import TokenInvalid
+
+TIMEOUT = httpx2.Timeout(connect=10, read=30, write=60, pool=60)
+"""Seconds; `read` is the longest silence, not the longest transfer."""
+
+PIECE = 8 << 30
+"""Bytes asked for at a time: beyond 50 GB the Hub's storage answers only ranged requests."""
+
+_PACE = 10_000  # bytes a second; a server that drips slower is left and asked again
+_PACE_WINDOW_S = 30.0
+_AGENT = {"user-agent": "pissa-service"}  # in place of one that lists this machine's software
+
+_LISTED = 50_000  # beyond so many files the Hub's answer about a repo may not name all
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file at a commit: git's checksum of it, or the sha256 of a large one."""
+
+    size: int
+    blob_id: str | None
+    sha256: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """A repo at one commit."""
+
+    commit: str
+    files: Mapping[str, HubFile]
+
+
+class _Client(httpx2.Client):
+    """An HTTP client for which "no timeout given" means ours; the Hub client gives None."""
+
+    def build_request(self, *args: Any, timeout: Any = None, **kwargs: Any) -> httpx2.Request:
+        """Build a request as usual, with our timeouts unless others are given."""
+        return super().build_request(
+            *args, timeout=timeout if isinstance(timeout, (int, float)) else TIMEOUT, **kwargs
+        )
+
+
+@cache
+def _install() -> None:
+    """Have the official client use `_Client`, once a process."""
+    set_client_factory(
+        lambda: _Client(
+            event_hooks={"request": [hf_request_event_hook]},
+            follow_redirects=True,
+            timeout=TIMEOUT,
+        )
+    )
+
+
+class HubClient:
+    """Calls to one Hub with one token; safe to use from several threads."""
+
+    def __init__(
+        self,
+        *,
+        token: str | None = None,
+        endpoint: str | None = None,
+        opening: Patience = OPENING,
+        transfer: Patience = TRANSFER,
+    ) -> None:
+        """Open no connection yet.
+
+        Args:
+            token: sent with every call; None leaves it to the client (``HF_TOKEN``, a login).
+            endpoint: the Hub's address; None leaves it to the client (``HF_ENDPOINT``).
+            opening: patience for calls about a repo.
+            transfer: patience for data.
+
+        Raises:
+            TokenInvalid: if `token` cannot be one.
+        """
+        if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+            raise TokenInvalid(
+                "the Hub token holds characters that no token has",
+                hint="pass it without spaces, quotes or line ends",
+            )
+        _install()
+        self.endpoint = (endpoint or ENDPOINT).rstrip("/")
+        self._headers = build_hf_headers(token=token, headers=_AGENT)
+        self._api = HfApi(endpoint=self.endpoint, token=token, headers=_AGENT)
+        self._opening, self._transfer = opening, transfer
+
+    def subject(self, repo_id: str, revision: str | None, *, pinned: bool = False) -> Subject:
+        """Name what a call is about, for the messages of its errors."""
+        with_token = "authorization" in self._headers
+        return Subject(repo_id, revision, self.endpoint, with_token, pinned)
+
+    def call(self, work: Callable[[], T], subject: Subject) -> T:
+        """Run one call about a repo that changes nothing there; try again while that may help."""
+        waiting = Waiting(self._opening)
+        while True:
+            try:
+                return work()
+            except TROUBLES as error:
+                trouble = subject.translate(error)
+                trouble.error.__cause__ = error
+                waiting.after(trouble)
+            except (ValueError, TypeError, KeyError) as error:
+                # The answer is no JSON, or not the JSON of a Hub: a proxy's or a login page.
+                trouble = subject.unavailable("did not answer as a Hub does", passing=False)
+                raise trouble.error from error
+
+    def pin(self, repo_id: str, revision: str | None) -> Pinned:
+        """Return a model repo's commit and files, once reading them is known to be allowed.
+
+        Raises:
+            AccessError: any of its kinds.
+        """
+        subject = self.subject(repo_id, revision)
+        info = self.call(
+            lambda: self._api.model_info(repo_id, revision=revision, files_metadata=True), subject
+        )
+        if info.sha is None:
+            raise subject.unavailable(f"named no commit of {repo_id}").error
+        if info.gated:
+            # Anybody may list a gated repo; who may read it is another question.
+            self.call(lambda: self._api.auth_check(repo_id), subject)
+        if len(info.siblings or ()) < _LISTED:
+            return Pinned(info.sha, _files_of(info))
+        return Pinned(info.sha, self.call(lambda: self._tree(repo_id, info.sha), subject))
+
+    def _tree(self, repo_id: str, commit: str | None) -> dict[str, HubFile]:
+        tree = self._api.list_repo_tree(repo_id, revision=commit, recursive=True)
+        return {
+            entry.path: HubFile(
+                entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs is not None else None
+            )
+            for entry in tree
+            if isinstance(entry, RepoFile)
+        }
+
+    def stream(
+        self, repo_id: str, commit: str, path: str, *, start: int, stop: int, size: int
+    ) -> Iterator[bytes]:
+        """Yield the bytes ``[start, stop)`` of a file of `size` bytes at a commit.
+
+        A connection that breaks, stalls or drips is opened again where it was left.
+
+        Raises:
+            AccessError: any of its kinds, once patience is at an end.
+        """
+        subject = self.subject(repo_id, commit, pinned=True)
+        url = hf_hub_url(repo_id, path, revision=commit, endpoint=self.endpoint)
+        waiting = Waiting(self._transfer)
+        position = start
+        while position < stop:
+            end = min(stop, position + PIECE)
+            try:
+                for chunk in self._connect(url, position, end, size, subject):
+                    position += len(chunk)
+                    waiting.received(len(chunk))
+                    yield chunk
+            except TROUBLES as error:
+                trouble = subject.translate(error)
+                trouble.error.__cause__ = error
+                waiting.after(trouble)
+            else:
+                if position < end:
+                    waiting.after(subject.unavailable(f"stopped sending {path} at byte {position}"))
+
+    def _connect(
+        self, url: str, start: int, stop: int, size: int, subject: Subject
+    ) -> Iterator[bytes]:
+        """Open one connection and yield what it brings of ``[start, stop)``, perhaps not all."""
+        headers = {**self._headers, "Accept-Encoding": "identity"}
+        if (start, stop) != (0, size):
+            headers["Range"] = f"bytes={start}-{stop - 1}"
+        pace = _Pace()
+        with get_session().stream("GET", url, headers=headers) as response:
+            if response.is_error:
+                response.read()
+            hf_raise_for_status(response)
+            _check_total(response, size, subject)
+            # A server that ignores ranges sends the file from its beginning.
+            position = start if response.status_code == 206 else 0
+            for chunk in response.iter_bytes():
+                wanted = chunk[max(start - position, 0) : max(stop - position, 0)]
+                position += len(chunk)
+                if wanted:
+                    yield wanted
+                if position >= stop or pace.too_slow(len(chunk)):
+                    return
+
+
+class _Pace:
+    """Notices a connection that is alive and brings next to nothing."""
+
+    def __init__(self) -> None:
+        self._since, self._received = time.monotonic(), 0
+
+    def too_slow(self, nbytes: int) -> bool:
+        """Count what came; say whether the last window brought less than it must."""
+        self._received += nbytes
+        elapsed = time.monotonic() - self._since
+        if elapsed < _PACE_WINDOW_S:
+            return False
+        slow = self._received < _PACE * elapsed
+        self._since, self._received = time.monotonic(), 0
+        return slow
+
+
+def _check_total(response: httpx2.Response, size: int, subject: Subject) -> None:
+    """Refuse a file that has no longer the size it was listed with."""
+    if response.status_code == 206:
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+    else:
+        encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+        total = "" if encoded else response.headers.get("Content-Length", "")
+    if total.isdigit() and int(total) != size:
+        raise subject.changed(f"a file listed with {size} bytes now has {total}")
+
+
+def _files_of(info: ModelInfo) -> dict[str, HubFile]:
+    return {
+        entry.rfilename: HubFile(
+            entry.size or 0, entry.blob_id, entry.lfs.sha256 if entry.lfs is not None else None
+        )
+        for entry in info.siblings or ()
+    }

@@ -1,0 +1,240 @@
+"""What the Hub or the way to it answers when something is wrong, in our words; and how to wait.
+
+Everything that the client raises is translated here and nowhere else, from status and headers,
+never from the wording of a message. No message holds a token.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import httpx2
+from huggingface_hub.errors import DisabledRepoError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import parse_ratelimit_headers
+
+from pissa_core.errors import (
+    AccessError,
+    GatedRepo,
+    HubUnavailable,
+    NoReadAccess,
+    RateLimited,
+    RepoNotFound,
+    RevisionNotFound,
+    SourceChanged,
+    TokenInvalid,
+)
+
+TROUBLES = (httpx2.HTTPError, httpx2.InvalidURL, OfflineModeIsEnabled)
+"""What the client raises; `HfHubHTTPError` is an `httpx2.HTTPError`."""
+
+_ENOUGH_PROGRESS = 1 << 20  # bytes that make a failed transfer worth new patience
+_PASSING = {408, 425, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long to go on when the Hub does not answer, or asks to wait.
+
+    Attributes:
+        give_up_s: seconds without progress after which the error is raised.
+        longest_pause_s: seconds of pauses that the Hub may ask for (429, Retry-After) besides.
+        first_wait_s, longest_wait_s: bounds of the doubling wait between tries.
+    """
+
+    give_up_s: float
+    longest_pause_s: float
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 15.0
+
+
+OPENING = Patience(give_up_s=12, longest_pause_s=12)
+"""For the first calls: somebody is waiting, and a plan must answer within 30 s."""
+
+TRANSFER = Patience(give_up_s=120, longest_pause_s=330)
+"""For data: the Hub's rate limits are counted over 300 s, so the next window is waited for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """One failure: our error, whether trying again may help, and a pause the Hub asked for."""
+
+    error: AccessError
+    passing: bool = False
+    pause_s: float | None = None
+
+
+@dataclass(slots=True)
+class Waiting:
+    """The waiting of one call: raises the trouble's error once patience is at an end."""
+
+    patience: Patience
+    _tries: int = 0
+    _received: int = 0
+    _paused_s: float = 0.0
+    _since: float = field(default_factory=time.monotonic)
+
+    def received(self, nbytes: int) -> None:
+        """Note progress; enough of it renews the patience."""
+        self._received += nbytes
+        if self._received >= _ENOUGH_PROGRESS:
+            self._tries, self._received, self._paused_s = 0, 0, 0.0
+            self._since = time.monotonic()
+
+    def after(self, trouble: Trouble) -> None:
+        """Sleep before the next try, or raise."""
+        wait_s = self._next_wait_s(trouble.pause_s or 0.0) if trouble.passing else None
+        if wait_s is None:
+            raise trouble.error
+        self._tries += 1
+        time.sleep(wait_s)
+
+    def _next_wait_s(self, pause_s: float) -> float | None:
+        """Seconds to wait, or None if there is no more patience."""
+        wait_s = min(self.patience.first_wait_s * 2**self._tries, self.patience.longest_wait_s)
+        wait_s *= random.uniform(0.75, 1.0)  # not everybody at once
+        if pause_s > wait_s:
+            self._paused_s += pause_s
+            return pause_s if self._paused_s <= self.patience.longest_pause_s else None
+        waited_s = time.monotonic() - self._since - self._paused_s
+        return wait_s if waited_s + wait_s <= self.patience.give_up_s else None
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a call was about, for messages: repo, revision, Hub, and whether a token was sent."""
+
+    repo_id: str
+    revision: str | None
+    endpoint: str
+    with_token: bool
+    pinned: bool = False
+
+    @property
+    def host(self) -> str:
+        """The Hub's host and port, without the password that an address may hold besides."""
+        return urlsplit(self.endpoint).netloc.rpartition("@")[2]
+
+    @property
+    def site(self) -> str:
+        """The Hub's address as a person may open it."""
+        return f"{urlsplit(self.endpoint).scheme}://{self.host}"
+
+    def translate(self, error: Exception) -> Trouble:
+        """Say in our words what one of `TROUBLES` means."""
+        if isinstance(error, HfHubHTTPError):
+            return self._from_answer(error)
+        if isinstance(error, OfflineModeIsEnabled):
+            return Trouble(
+                HubUnavailable(
+                    f"{self.repo_id} is on the Hub, and the Hub client is set to offline",
+                    hint="unset HF_HUB_OFFLINE, or name a local folder",
+                )
+            )
+        passing = isinstance(
+            error, (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
+        )
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        return self.unavailable(f"cannot be reached ({reason})", passing=passing)
+
+    def unavailable(self, what: str, *, passing: bool = True) -> Trouble:
+        """Say that the Hub is away or answers nonsense."""
+        return Trouble(
+            HubUnavailable(
+                f"the Hub at {self.host} {what}",
+                hint="check the connection and HF_ENDPOINT, then run the same again: it resumes",
+            ),
+            passing,
+        )
+
+    def changed(self, what: str) -> SourceChanged:
+        """Say that the pinned commit no longer holds what it held."""
+        return SourceChanged(
+            f"{self.repo_id} changed while it was being read: {what}",
+            hint="run again to convert the repo as it is now",
+        )
+
+    def _from_answer(self, error: HfHubHTTPError) -> Trouble:
+        response = error.response
+        code, status = response.headers.get("X-Error-Code"), response.status_code
+        if code == "GatedRepo":
+            return Trouble(self._gated())
+        if code in ("RevisionNotFound", "EntryNotFound"):
+            return Trouble(self._not_there(code))
+        if status == 429:
+            return self._rate_limited(response)
+        if status in _PASSING:
+            return self.unavailable(f"answered with status {status}")
+        if code == "RepoNotFound" or status == 404 or (status == 401 and not self.with_token):
+            return Trouble(self._no_repo())
+        if status == 401:
+            return Trouble(self._token_invalid())
+        if status == 403:
+            return Trouble(self._forbidden(isinstance(error, DisabledRepoError)))
+        if status == 416:
+            return Trouble(self.changed("a file is shorter than it was"))
+        return self.unavailable(f"answered with status {status}", passing=False)
+
+    def _gated(self) -> GatedRepo:
+        who = "the token's account has not been let in" if self.with_token else "no token was given"
+        return GatedRepo(
+            f"{self.repo_id} is gated, and {who}",
+            hint=f"accept its terms at {self.site}/{self.repo_id}, then run again with a token "
+            "of that account (HF_TOKEN, or X-Hub-Token for a job)",
+        )
+
+    def _not_there(self, code: str) -> AccessError:
+        if self.pinned or code == "EntryNotFound":
+            what = "a file" if code == "EntryNotFound" else "the commit"
+            return self.changed(f"{what} that was there is gone ({self.revision})")
+        return RevisionNotFound(
+            f"{self.repo_id} has no branch, tag or commit {self.revision!r}",
+            hint="leave @revision out for the default branch; a slash in it is written %2F",
+        )
+
+    def _rate_limited(self, response: httpx2.Response) -> Trouble:
+        pause_s = _asked_pause_s(response)
+        asked = f"; it asks to wait {pause_s:.0f} s" if pause_s is not None else ""
+        return Trouble(
+            RateLimited(
+                f"the Hub at {self.host} takes no more requests for now{asked}",
+                hint="run the same again later: it resumes"
+                + ("" if self.with_token else "; with a token (HF_TOKEN) the limit is higher"),
+            ),
+            passing=True,
+            pause_s=pause_s,
+        )
+
+    def _no_repo(self) -> RepoNotFound:
+        why = "this token cannot see it" if self.with_token else "needs a token, and none was given"
+        return RepoNotFound(
+            f"the Hub at {self.host} has no model {self.repo_id}, or it is private and {why}",
+            hint="check the spelling (org/name); for a private model give a token that can read it "
+            "(HF_TOKEN, or X-Hub-Token for a job); a local folder begins with ./ or /",
+        )
+
+    def _token_invalid(self) -> TokenInvalid:
+        return TokenInvalid(
+            f"the Hub at {self.host} does not accept the token: it is wrong, expired or revoked",
+            hint=f"make a new one at {self.site}/settings/tokens",
+        )
+
+    def _forbidden(self, disabled: bool) -> NoReadAccess:
+        if disabled:
+            return NoReadAccess(f"the Hub has disabled access to {self.repo_id}")
+        return NoReadAccess(
+            f"the Hub forbids reading {self.repo_id} "
+            + ("with this token" if self.with_token else "without a token"),
+            hint="a fine-grained token needs the permission to read this repo's contents",
+        )
+
+
+def _asked_pause_s(response: httpx2.Response) -> float | None:
+    """Seconds the Hub asks to wait: its rate limit's reset, or Retry-After in seconds."""
+    limit = parse_ratelimit_headers(response.headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    after = response.headers.get("Retry-After", "").strip()
+    return float(after) if after.isdigit() else None
