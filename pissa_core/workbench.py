@@ -257,8 +257,9 @@ def _boot_id() -> str:
 
 def _part_ends(header: Header) -> dict[str, int]:
     starts = list(header.starts.items())
-    following = [start for _, start in starts[1:]] + [header.file_size]
-    return {name: end for (name, _), end in zip(starts, following, strict=True)}
+    following = [*(start for _, start in starts[1:]), header.file_size]
+    # A shard without targets has an empty part.
+    return {name: end for (name, _), end in zip(starts, following, strict=bool(starts))}
 
 
 def _checksum(data: memoryview) -> str:
