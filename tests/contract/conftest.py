@@ -15,11 +15,13 @@ from pissa_core.ports import CheckpointSource
 MakeSource = Callable[[Mapping[str, bytes]], CheckpointSource]
 
 
-@pytest.fixture(params=["memory", "local"])
+@pytest.fixture(params=["memory", "local", "hub"])
 def make_source(request: pytest.FixtureRequest, tmp_path: Path) -> MakeSource:
     """Return a function that opens a source with the given files."""
     if request.param == "memory":
         return MemorySource
+    if request.param == "hub":
+        return _maker_on_the_hub(request)
 
     def make_local(contents: Mapping[str, bytes]) -> CheckpointSource:
         folder = tmp_path / "source"
@@ -29,6 +31,16 @@ def make_source(request: pytest.FixtureRequest, tmp_path: Path) -> MakeSource:
         return LocalSource(folder)
 
     return make_local
+
+
+def _maker_on_the_hub(request: pytest.FixtureRequest) -> MakeSource:
+    hub, open_hub = request.getfixturevalue("hub"), request.getfixturevalue("open_hub")
+
+    def make_remote(contents: Mapping[str, bytes]) -> CheckpointSource:
+        hub.create_repo("someone/model", files=contents)
+        return open_hub("someone/model")
+
+    return make_remote
 
 
 @pytest.fixture
