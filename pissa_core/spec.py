@@ -34,8 +34,11 @@ def _no_bool(value: object) -> object:
     return value
 
 
-Rank = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-Alpha = Annotated[int | float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
+Rank = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
+Alpha = Annotated[
+    Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, allow_inf_nan=False)],
+    BeforeValidator(_no_bool),
+]
 
 
 class _Frozen(BaseModel):
@@ -194,6 +197,4 @@ def _check_regex(field: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(
-            f"{field} holds {pattern!r}, not a regular expression: {error}"
-        ) from error
+        raise ValueError(f"{field} holds {pattern!r}, not a regular expression: {error}") from error

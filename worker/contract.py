@@ -106,7 +106,9 @@ class BaseToPissa(_Closed):
 
     kind: Literal["base-to-pissa"] = "base-to-pissa"
     model: Reference
-    output: Annotated[Output | None, BeforeValidator(_output)] = None
+    output: Annotated[
+        Output | None, BeforeValidator(_output, json_schema_input_type=Reference | Output | None)
+    ] = None
     pissa: PissaConfig = Field(default_factory=PissaConfig)
 
 
