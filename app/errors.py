@@ -27,6 +27,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from pissa_core.errors import (
     CheckpointError,
@@ -68,6 +69,9 @@ STATUS: Mapping[str, HTTPStatus] = {
 }
 _UNPROCESSABLE = (
     Refused, CheckpointError, TargetError, OutputError, ResourceError, WayBackError
+)  # fmt: skip
+_TRY_AGAIN = (
+    HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT
 )  # fmt: skip
 
 
@@ -180,7 +184,7 @@ def _headers(error: PissaError, status: HTTPStatus) -> dict[str, str]:
     elif status == HTTPStatus.UNAUTHORIZED:
         # RFC 9110 wants a challenge with every 401; this one says that the Hub is meant.
         headers["WWW-Authenticate"] = 'X-Hub-Token realm="hub"'
-    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+    if status in _TRY_AGAIN:
         headers["Retry-After"] = str(RETRY_AFTER_S)
     return headers
 
@@ -252,7 +256,9 @@ def _on_invalid_parameters(request: Request, error: Exception) -> Response:
 def _on_http_exception(request: Request, error: Exception) -> Response:
     """Answer for what the router itself says: no such route, no such method."""
     assert isinstance(error, HTTPException)
+    headers = error.headers
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers = {"Allow": ", ".join(_methods_at(request))}
         refusal: PissaError = MethodNotAllowed(
             f"{request.method} is not a method of {request.url.path}",
             hint="see /docs for the routes and their methods",
@@ -262,7 +268,18 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     else:
         logger.error("the router answered %s: %s", error.status_code, error.detail)
         refusal = PissaError("the request could not be handled")
-    return problem(refusal, secrets=secrets_of(request), headers=error.headers)
+    return problem(refusal, secrets=secrets_of(request), headers=headers)
+
+
+def _methods_at(request: Request) -> list[str]:
+    """Return every method of the path; the router itself names those of its first match only."""
+    app: FastAPI = request.app
+    methods: set[str] = set()
+    for method in ("GET", "HEAD", "POST", "DELETE"):
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in app.router.routes):
+            methods.add(method)
+    return sorted(methods)
 
 
 def internal_problem(request_id: str) -> JSONResponse:

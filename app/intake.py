@@ -117,9 +117,12 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 
 def check(schema: TypeAdapter[_Value], data: object) -> _Value:
-    """Validate `data`; a fault below `pissa` is the config's, any other the request's."""
+    """Validate `data` without reading one type as another ("16" is no rank, 0 is not false).
+
+    A fault below `pissa` is the config's, any other the request's.
+    """
     try:
-        return schema.validate_python(data)
+        return schema.validate_python(data, strict=True)
     except ValidationError as error:
         places = [
             {"loc": ["body", *_place(item["loc"], data)], "msg": _sentence(item)}

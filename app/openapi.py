@@ -54,7 +54,7 @@ def _documented(status: int) -> dict[str, Any]:
             PROBLEM_JSON: {"schema": {"$ref": _REF.format(model="Problem")}, "example": example}
         },
     }
-    if status in (429, 503):
+    if status in (429, 503, 504):
         answer["headers"] = {"Retry-After": _header("integer", RETRY_AFTER_S)}
     if status == 401:
         answer["headers"] = {"WWW-Authenticate": _header("string", 'Bearer realm="pissa"')}
@@ -100,5 +100,15 @@ def document(app: FastAPI) -> dict[str, Any]:
             ref_template=_REF,
         )
         schema["components"]["schemas"] |= definitions["$defs"]
+        if not app.state.api_keys:
+            _make_keys_optional(schema)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _make_keys_optional(schema: dict[str, Any]) -> None:
+    """Say that no key is needed, where the service has none."""
+    for path in schema["paths"].values():
+        for operation in path.values():
+            if "security" in operation:
+                operation["security"].insert(0, {})

@@ -14,7 +14,7 @@ class CancelBody(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    discard: bool = Field(False, strict=True, description="throw away what is sealed, too")
+    discard: bool = Field(False, description="throw away what is sealed, too")
 
 
 class JobList(BaseModel):

@@ -1,0 +1,1 @@
+"""One module a group of routes; `app.factory` puts them together."""

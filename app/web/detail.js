@@ -23,14 +23,14 @@ export async function openDetail(id) {
   watching = watch;
   const parts = { head: el("section", { class: "card" }), events: el("ol", { class: "events" }) };
   parts.result = el("div", { class: "detail" });
-  parts.request = el("pre", { tabindex: 0, "aria-label": "the request" });
+  parts.request = el("pre", { class: "request", tabindex: 0, "aria-label": "the request" });
   $("detail").replaceChildren(
     el("a", { href: "#/" }, "← All jobs"),
     parts.head,
+    parts.result,
     el("div", { class: "split" },
       el("section", { class: "card" }, el("h2", {}, "Events"), parts.events),
-      el("section", { class: "card" }, el("h2", {}, "Request"), parts.request)),
-    parts.result);
+      el("section", { class: "card" }, el("h2", {}, "Request"), parts.request)));
   $("detail").hidden = false;
   $("main").focus();
   await watchJob(id, parts, watch.signal);
@@ -72,14 +72,13 @@ async function watchJob(id, parts, signal) {
 
 function drawHead(head, job, reopen) {
   const { matrices, shards, bytes } = job.progress;
-  const took = job.result?.seconds;
   head.replaceChildren(...[
     el("div", { class: "row" },
       el("span", { class: `pill ${job.status}`, role: "status" }, job.status),
       el("span", { class: "mono" }, job.id)),
     el("h1", {}, job.request.model ?? job.kind),
-    el("p", { class: "lead" }, job.status === "running" ? doing(job) : ""),
-    el("div", { class: "bars" },
+    job.status === "running" && el("p", { class: "lead" }, doing(job)),
+    job.status !== "succeeded" && el("div", { class: "bars" },
       bar("Matrices", matrices.done, matrices.total, `${matrices.done} of ${matrices.total || "?"}`),
       bar("Shards", shards.done, shards.total, `${shards.done} of ${shards.total || "?"}`),
       bar("Bytes", bytes.done, bytes.total,
@@ -90,7 +89,8 @@ function drawHead(head, job, reopen) {
     figures([
       ["Output", job.result?.output ?? job.request.output?.ref ?? "kept by the service"],
       ["Submitted", new Date(job.created_at).toLocaleString()],
-      ["Took", format.seconds(took)],
+      ["Took", format.seconds(job.result?.seconds)],
+      ["Matrices", job.result && format.count(job.result.matrices)],
       ["Peak memory", format.bytes(job.result?.peak_memory_bytes)],
       ["Energy captured", format.percent(job.result?.energy)],
       ["Most missed", format.small(job.result?.max_missed)],
@@ -148,12 +148,16 @@ function addEvent(list, event) {
   if (follows) list.scrollTop = list.scrollHeight;
 }
 
+const SAID_ALONE = ["tensor", "module", "shard", "message"];
+
 function about(data) {
   return Object.entries(data)
     .filter(([, value]) => ["string", "number", "boolean"].includes(typeof value))
-    .map(([name, value]) => (["tensor", "module", "shard", "message"].includes(name)
-      ? value : `${name} ${Number.isInteger(value) || typeof value !== "number"
-        ? value : value.toPrecision(3)}`))
+    .map(([name, value]) => {
+      if (SAID_ALONE.includes(name)) return value;
+      if (name === "seconds") return format.seconds(value);
+      return `${name} ${Number.isInteger(value) || typeof value !== "number" ? value : value.toPrecision(3)}`;
+    })
     .join(" · ");
 }
 

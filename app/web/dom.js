@@ -14,11 +14,14 @@ export function el(name, attributes = {}, ...children) {
   return node;
 }
 
+const LONG = 24; // characters, beyond which a value gets two columns
+
 /** A definition list of figures: pairs of name and value; empty values are left out. */
 export function figures(pairs) {
   const shown = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
   return el("dl", { class: "figures" },
-    shown.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+    shown.map(([name, value]) => el("div", { class: String(value).length > LONG && "wide" },
+      el("dt", {}, name), el("dd", {}, value))));
 }
 
 /** A bar with its words above it. */

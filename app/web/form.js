@@ -58,16 +58,17 @@ function markField(field, message) {
 /** Put each complaint where its field is; what has no field goes to the top. */
 function showErrors(error) {
   if (error.field) return markField(error.field, error.message);
-  let placed = false;
+  let first = null;
   for (const { loc, msg } of error.errors ?? []) {
     const path = loc.slice(1);
     const inConfig = path[0] === "pissa";
     const field = FIELD_OF[path[inConfig ? 1 : 0]] ?? (inConfig ? "advanced" : null);
     if (!field) continue;
     markField(field, field === "advanced" ? `${path.slice(1).join(".")}: ${msg}` : msg);
-    placed = true;
+    first ??= field;
   }
-  if (!placed) {
+  if (first) $(first).focus();
+  else {
     notify(error);
     $("notice").scrollIntoView({ block: "nearest" });
   }

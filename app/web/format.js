@@ -14,6 +14,7 @@ export function bytes(count) {
 
 export function seconds(count) {
   if (count === null || count === undefined) return "";
+  if (count < 1) return `${Math.round(count * 1000)} ms`;
   if (count < 10) return `${count.toFixed(1)} s`;
   if (count < 120) return `${Math.round(count)} s`;
   const minutes = Math.round(count / 60);

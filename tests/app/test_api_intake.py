@@ -53,6 +53,8 @@ def test_the_digest_is_the_body_s_and_not_its_spelling():
     [
         ({"rank": 0}, "pissa.rank", "greater than or equal to 1 (got 0)"),
         ({"rank": "many"}, "pissa.rank", "(got 'many')"),
+        ({"rank": "16"}, "pissa.rank", "(got '16')"),
+        ({"use_rslora": 0}, "pissa.use_rslora", "(got 0)"),
         ({"rang": 8}, "pissa.rang", "there is no such field"),
         ({"svd": {"method": "fast"}}, "pissa.svd.method", "(got 'fast')"),
         ({"target_modules": []}, "pissa", "empty list"),

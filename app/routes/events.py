@@ -1,0 +1,83 @@
+"""A job's events: a page of them as JSON, or all of them as they happen (server-sent events)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+from fastapi.concurrency import run_in_threadpool
+from sse_starlette import EventSourceResponse, ServerSentEvent
+
+from app.openapi import answer, problems
+from app.routes.deps import OwnJob, Store
+from app.schemas import EVENT_EXAMPLE, EventList
+from worker.contract import Job, JobEvent
+from worker.store import JobStore
+
+PING_S = 15
+EVENT_STREAM = "text/event-stream"
+_CURSOR = r"^(\d{1,20}(-\d{1,20})?)?$"
+_STREAMED = f"id: {EVENT_EXAMPLE['id']}\r\nevent: {EVENT_EXAMPLE['type']}\r\ndata: {{…}}\r\n\r\n"
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_ok = answer("A page, or a stream", {"events": [EVENT_EXAMPLE], "next": None})
+_ok["content"][EVENT_STREAM] = {"schema": {"type": "string"}, "example": _STREAMED}
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="Follow a job",
+    response_model=EventList,
+    responses={
+        200: _ok,
+        204: {"description": "The job is finished and nothing came after Last-Event-ID"},
+        **problems(401, 403, 404, 422, 503),
+    },
+)
+async def job_events(
+    job: OwnJob,
+    store: Store,
+    after: Annotated[
+        str | None, Query(pattern=_CURSOR, description="an event's id; empty: from the first")
+    ] = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="JSON only")] = 1000,
+    last_event_id: Annotated[str | None, Header(pattern=_CURSOR)] = None,
+    accept: Annotated[str, Header()] = "*/*",
+) -> Response | EventList:
+    """Return events after a cursor.
+
+    JSON if `after` is given or JSON alone is accepted; otherwise a stream of server-sent events
+    that begins after Last-Event-ID and ends when the job does. 204 tells a browser's EventSource
+    not to come back.
+    """
+    start = last_event_id or after or None
+    if not _wants_stream(accept, after):
+        events, following = await run_in_threadpool(store.events, job.id, after=start, limit=limit)
+        return EventList(events=events, next=following)
+    if job.status.final and start and not await _any_left(store, job, start):
+        return Response(status_code=204)
+    return EventSourceResponse(_stream(store, job.id, start), ping=PING_S)
+
+
+def _wants_stream(accept: str, after: str | None) -> bool:
+    if EVENT_STREAM in accept:
+        return True
+    return after is None and "application/json" not in accept
+
+
+async def _any_left(store: JobStore, job: Job, after: str) -> bool:
+    events, _ = await run_in_threadpool(store.events, job.id, after=after, limit=1)
+    return bool(events)
+
+
+async def _stream(
+    store: JobStore, job_id: str, after: str | None
+) -> AsyncIterator[ServerSentEvent]:
+    async for event in store.follow(job_id, after=after):
+        yield _as_sent(event)
+
+
+def _as_sent(event: JobEvent) -> ServerSentEvent:
+    return ServerSentEvent(id=event.id, event=event.type.value, data=event.model_dump_json())
