@@ -240,18 +240,19 @@ class Follower:
 
     def snapshot(self) -> Snapshot:
         """Say how far the work is."""
+        if "shards" in self._marks:
+            return Snapshot("publishing")
         total = sum(shard.size for shard in self.plan.shards)
         done = self._sealed + self._in_shard
-        publishing = "shards" in self._marks
         return Snapshot(
-            label="publishing" if publishing else "converting",
+            label="converting",
             noun="matrices",
             done=self._matrices,
             total=len(self.plan.matrices),
             nbytes=done,
             total_nbytes=total,
             rate=self.pace.rate(),
-            left_s=None if publishing else self.pace.left_s(total - done),
+            left_s=self.pace.left_s(total - done),
         )
 
     def result(self) -> Result:

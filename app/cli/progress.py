@@ -105,14 +105,16 @@ class PlainLines:
     clock: Callable[[], float] = time.monotonic
     _label: str | None = None
     _due: float = 0.0
+    _complete: bool = False
 
     def show(self, snapshot: Snapshot) -> None:
         """Print the snapshot if it is time, or if it is the last of its phase."""
         now = self.clock()
         complete = bool(snapshot.total) and snapshot.done == snapshot.total
-        if snapshot.label == self._label and now < self._due and not complete:
+        news = snapshot.label != self._label or (complete and not self._complete)
+        if not news and now < self._due:
             return
-        self._label, self._due = snapshot.label, now + LINE_EVERY_S
+        self._label, self._complete, self._due = snapshot.label, complete, now + LINE_EVERY_S
         figures = snapshot.figures()
         self.note(f"{snapshot.label}: {figures}" if figures else snapshot.label)
 
