@@ -6,6 +6,7 @@ that into a progress bar, a log line or the state of a job. To stop, stop iterat
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,13 +42,13 @@ from pissa_core.events import (
     ShardStarted,
 )
 from pissa_core.plan import Matrix, Plan, ShardPlan
-from pissa_core.planning import make_plan
+from pissa_core.planning import make_plan, matrix_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource, FileInfo, Publication, Seal
 from pissa_core.runtime import Resolved, Runtime, resolve
 from pissa_core.slots import run_in_slots
 from pissa_core.spec import PissaConfig, parse_config
-from pissa_core.split import matrix_seed, split_principal, working_bytes
-from pissa_core.tensorfile import CHUNK, TORCH_DTYPES, concatenate, make_header
+from pissa_core.split import matrix_seed, split_principal
+from pissa_core.tensorfile import CHUNK, Header, concatenate, make_header
 from pissa_core.workbench import Workbench, open_workbench, part_entries
 
 MANIFEST = "pissa_manifest.json"
@@ -162,7 +163,7 @@ def _decompose_missing(
 ) -> Iterator[MatrixDone]:
     config = parse_config(plan.config)
     missing = [matrix for matrix in shard.matrices if matrix.tensor not in bench.rows]
-    sized = [(matrix, matrix_bytes(matrix, config)) for matrix in missing]
+    sized = [(matrix, matrix_bytes(matrix, config.svd.method)) for matrix in missing]
     work = partial(_decompose, config=config, bench=bench, device=resolved.device)
     yield from run_in_slots(work, sized, slots=resolved.slots, budget=resolved.budget)
 
@@ -188,20 +189,12 @@ def _decompose(
     except (MemoryError, RuntimeError) as error:
         if not _ran_out_of_memory(error):
             raise
-        raise _out_of_memory(matrix, config) from error
+        raise _out_of_memory(matrix, config.svd.method) from error
     row = _row(matrix) | split.certificate.as_row()
     factors: tuple[Tensor, ...] = split.R.cpu(), split.A.cpu(), split.B.cpu()
     bench.finish(matrix, *factors, row)
     nbytes = matrix.stop - matrix.start
     return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
-
-
-def matrix_bytes(matrix: Matrix, config: PissaConfig) -> int:
-    """Return the bytes one matrix needs while it is in flight."""
-    dtype_bytes = TORCH_DTYPES[matrix.dtype].itemsize
-    return working_bytes(
-        matrix.out_features, matrix.in_features, matrix.rank, dtype_bytes, config.svd.method
-    )
 
 
 def _row(matrix: Matrix) -> dict[str, Any]:
@@ -234,7 +227,7 @@ class _Closing:
             source_card=source_card,
             revision=self.sink.revision,
         )
-        listed = {**files, "README.md": info_of(readme)}
+        listed = {**files, "README.md": _info_of(readme)}
         return {"README.md": readme, MANIFEST: report.manifest(self.plan, self.rows, listed)}
 
 
@@ -266,7 +259,7 @@ def _assemble(plan: Plan, sink: CheckpointSink) -> Iterator[bytes]:
     return concatenate(whole, bodies)
 
 
-def _body(sink: CheckpointSink, shard: str, header: Any) -> Iterator[bytes]:
+def _body(sink: CheckpointSink, shard: str, header: Header) -> Iterator[bytes]:
     for start in range(len(header.encoded), header.file_size, CHUNK):
         yield sink.read_part(shard, start, min(start + CHUNK, header.file_size))
 
@@ -301,9 +294,9 @@ def _check_disk(plan: Plan, sink: CheckpointSink) -> None:
 
 
 def _check_memory(plan: Plan, resolved: Resolved) -> None:
-    config = parse_config(plan.config)
-    largest = max(plan.matrices, key=lambda matrix: matrix_bytes(matrix, config))
-    needed = matrix_bytes(largest, config)
+    method = plan.config["svd"]["method"]
+    largest = max(plan.matrices, key=lambda matrix: matrix_bytes(matrix, method))
+    needed = matrix_bytes(largest, method)
     if needed > resolved.budget:
         raise MemoryTooSmall(
             f"{largest.tensor} {list(largest.shape)} needs {needed:,} bytes in flight and the "
@@ -318,8 +311,8 @@ def _ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
-def _out_of_memory(matrix: Matrix, config: PissaConfig) -> OutOfMemory:
-    needed = matrix_bytes(matrix, config)
+def _out_of_memory(matrix: Matrix, method: str) -> OutOfMemory:
+    needed = matrix_bytes(matrix, method)
     return OutOfMemory(
         f"memory ran out at {matrix.tensor} {list(matrix.shape)}, which needs about {needed:,} "
         "bytes",
@@ -327,8 +320,6 @@ def _out_of_memory(matrix: Matrix, config: PissaConfig) -> OutOfMemory:
     )
 
 
-def info_of(content: bytes) -> FileInfo:
+def _info_of(content: bytes) -> FileInfo:
     """Return size and sha256 of bytes."""
-    import hashlib
-
     return FileInfo(len(content), hashlib.sha256(content).hexdigest())

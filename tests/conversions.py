@@ -1,0 +1,44 @@
+"""One conversion in this process, for tests that look at its result or its course."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pissa_core import engine
+from pissa_core.adapters import open_sink, open_source, staging_digest
+from pissa_core.events import Event, Published
+from pissa_core.refs import LocalRef
+from pissa_core.runtime import Runtime
+from pissa_core.spec import parse_config
+
+
+def course_of(
+    model: Path, output: Path, config: Mapping[str, Any] | None = None, **runtime: Any
+) -> Iterator[Event]:
+    """Return the events of a conversion from folder to folder, as they happen."""
+    accepted = parse_config(config or {})
+    source = open_source(LocalRef(str(model)))
+    digest = staging_digest(source, accepted, str(output))
+    sink = open_sink(LocalRef(str(output)), digest=digest)
+    return engine.convert(source, sink, accepted, Runtime(device="cpu", **runtime))
+
+
+def convert_to(
+    model: Path, output: Path, config: Mapping[str, Any] | None = None, **runtime: Any
+) -> Mapping[str, Any]:
+    """Convert from folder to folder; return the manifest."""
+    events = list(course_of(model, output, config, **runtime))
+    (published,) = [event for event in events if isinstance(event, Published)]
+    return published.manifest
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

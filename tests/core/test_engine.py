@@ -1,0 +1,326 @@
+"""The course of a conversion: bytes kept, progress resumed, errors that leave nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tinymodels
+import torch
+from conversions import checksums, convert_to, course_of
+from safetensors.torch import load_file
+
+from pissa_core.adapters.memory import MemorySink, MemorySource
+from pissa_core.engine import convert
+from pissa_core.errors import (
+    DiskTooSmall,
+    MemoryTooSmall,
+    NonFiniteWeight,
+    NothingMatched,
+    OutputExists,
+    OutputInsideSource,
+    OutputIsSource,
+    PissaError,
+    RankTooLarge,
+    SourceChanged,
+    TiedWeight,
+    UnsupportedModule,
+)
+from pissa_core.events import MatrixDone, Planned, Published, Publishing, ShardSealed, ShardStarted
+from pissa_core.runtime import Runtime
+from pissa_core.spec import parse_config
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    folder = tinymodels.save_model("llama", tmp_path / "model", dtype="bf16")
+    (folder / "tokenizer.json").write_text('{"left": "as it was"}')
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# The original card\n")
+    return folder
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return tinymodels.save_model(
+        "llama", tmp_path / "sharded", dtype="bf16", max_shard_size=tinymodels.SHARDED
+    )
+
+
+def header_of(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
+def test_untouched_tensors_headers_and_side_files_are_the_sources(sharded, tmp_path):
+    (sharded / "tokenizer.json").write_text('{"left": "as it was"}')
+    manifest = convert_to(sharded, tmp_path / "out", {"rank": 2})
+    touched = {row["tensor"] for row in manifest["matrices"]}
+    shards = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert len(shards) == 3
+    for name in shards:
+        before, after = sharded / name, tmp_path / "out" / name
+        assert header_of(after) == header_of(before)
+        old, new = load_file(before), load_file(after)
+        changed = {key for key in old if not torch.equal(old[key], new[key])}
+        assert changed == touched & old.keys()
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (sharded / name).read_bytes()
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "out" / index).read_bytes() == (sharded / index).read_bytes()
+
+
+def test_the_source_is_not_changed(llama, tmp_path):
+    before = checksums(llama)
+    convert_to(llama, tmp_path / "out")
+    assert checksums(llama) == before
+
+
+def test_the_manifest_tells_every_other_files_checksum(llama, tmp_path):
+    manifest = convert_to(llama, tmp_path / "out")
+    found = checksums(tmp_path / "out")
+    written = json.loads((tmp_path / "out/pissa_manifest.json").read_text())
+    assert written == manifest
+    del found["pissa_manifest.json"]
+    assert {path: info["sha256"] for path, info in manifest["files"].items()} == found
+
+
+def test_nothing_but_the_output_is_left(llama, tmp_path):
+    convert_to(llama, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+
+
+def test_the_card_keeps_the_sources_below_ours(llama, tmp_path):
+    convert_to(llama, tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.index("pissa_init") < card.index("# The original card")
+    assert "license: mit" in card
+    assert str(tmp_path) not in card
+
+
+def test_the_bytes_do_not_depend_on_slots_order_or_place(sharded, tmp_path):
+    config = {"rank": 3}
+    convert_to(sharded, tmp_path / "out", config, slots=1)
+    first = checksums(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "first")
+    convert_to(sharded, tmp_path / "out", config, slots=4, memory_budget=10**6)
+    assert checksums(tmp_path / "out") == first
+
+
+def test_memory_and_disk_give_the_same_bytes(sharded, tmp_path):
+    contents = {path.name: path.read_bytes() for path in sharded.iterdir()}
+    sink = MemorySink()
+    list(convert(MemorySource(contents), sink, parse_config({}), Runtime(device="cpu")))
+    convert_to(sharded, tmp_path / "out")
+    for name in sorted(contents):
+        if name.endswith(".safetensors"):
+            assert sink.contents[name] == (tmp_path / "out" / name).read_bytes()
+    adapter = "pissa_init/adapter_model.safetensors"
+    assert sink.contents[adapter] == (tmp_path / "out" / adapter).read_bytes()
+
+
+def test_events_tell_the_course(sharded, tmp_path):
+    events = list(course_of(sharded, tmp_path / "out"))
+    kinds = [type(event) for event in events]
+    (planned,) = [event for event in events if isinstance(event, Planned)]
+    assert kinds[0] is Planned
+    assert kinds[-2:] == [Publishing, Published]
+    assert kinds.count(ShardSealed) == len(planned.plan.shards)
+    assert kinds.count(MatrixDone) == len(planned.plan.matrices)
+    sealed = sum(event.nbytes for event in events if isinstance(event, ShardSealed))
+    assert sealed == sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 5, 9, 14])
+@pytest.mark.parametrize("checkpoint", ["llama", "sharded"])
+def test_stopped_anywhere_and_run_again_gives_the_same_bytes(
+    request, tmp_path, checkpoint, stop_after
+):
+    model = request.getfixturevalue(checkpoint)
+    convert_to(model, tmp_path / "out")
+    undisturbed = checksums(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+
+    course = course_of(model, tmp_path / "out", slots=1)
+    seen = [next(course) for _ in range(stop_after)]
+    course.close()
+    assert not (tmp_path / "out").exists()
+    done = {event.row["tensor"] for event in seen if isinstance(event, MatrixDone)}
+    again = list(course_of(model, tmp_path / "out", slots=1))
+    fresh = {e.row["tensor"] for e in again if isinstance(e, MatrixDone) and not e.resumed}
+    assert not fresh & done
+    assert checksums(tmp_path / "out") == undisturbed
+    assert not list(tmp_path.glob(".out*"))
+
+
+def half_done(model: Path, tmp_path: Path) -> Path:
+    """Stop a conversion after three matrices; return the scratch folder it leaves."""
+    course = course_of(model, tmp_path / "out", slots=1)
+    while not isinstance(next(course), ShardStarted):
+        pass
+    for _ in range(3):
+        next(course)
+    course.close()
+    (scratch,) = tmp_path.glob(".out.pissa-staging-*/work/*/*")
+    return scratch
+
+
+@pytest.mark.parametrize("damage", ["factors", "residual", "header", "cut", "journal"])
+def test_a_damaged_scratch_is_noticed_by_its_checksums(llama, tmp_path, damage):
+    convert_to(llama, tmp_path / "out")
+    undisturbed = checksums(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+    scratch = half_done(llama, tmp_path)
+    finished = [json.loads(line) for line in (scratch / "journal").read_text().split("\n") if line]
+    first = next(line["done"] for line in finished if "done" in line)
+    shard = bytearray((scratch / "shard").read_bytes())
+    part = bytearray((scratch / "part").read_bytes())
+    start = tensor_start(scratch / "shard", first)
+    if damage == "residual":
+        shard[start + 5] ^= 1
+    if damage == "header":
+        shard[20] ^= 1
+    if damage == "factors":
+        part[len(header_of(scratch / "part")) + 3] ^= 1
+    if damage == "cut":
+        del shard[-10:]
+    if damage == "journal":
+        journal = (scratch / "journal").read_bytes()
+        (scratch / "journal").write_bytes(journal[:-20])
+    (scratch / "shard").write_bytes(shard)
+    (scratch / "part").write_bytes(part)
+    convert_to(llama, tmp_path / "out")
+    assert checksums(tmp_path / "out") == undisturbed
+
+
+def tensor_start(path: Path, name: str) -> int:
+    header = header_of(path)
+    return len(header) + json.loads(header[8:])[name]["data_offsets"][0]
+
+
+class Downloaded(MemorySource):
+    """A source whose copy is its own original until patched, as a download is."""
+
+    rereads = False
+    reads: list[tuple[str, int]]
+
+    def __init__(self, contents) -> None:
+        super().__init__(contents)
+        self.reads = []
+
+    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
+        self.reads.append((path, start))
+        super().read_into(path, start, buffer)
+
+
+def test_a_downloaded_shard_is_read_from_its_copy_and_only_what_was_torn_from_afar(llama):
+    contents = {path.name: path.read_bytes() for path in llama.iterdir()}
+    source, sink = Downloaded(contents), MemorySink()
+    undisturbed = MemorySink()
+    runtime = Runtime(device="cpu", slots=1)
+    list(convert(Downloaded(contents), undisturbed, parse_config({}), runtime))
+
+    course = convert(source, sink, parse_config({}), runtime)
+    for event in course:
+        if isinstance(event, MatrixDone):
+            break
+    course.close()
+    assert source.reads == []
+    torn = tear(sink)
+    list(convert(source, sink, parse_config({}), runtime))
+    assert source.reads == [("model.safetensors", torn)]
+    assert sink.contents == undisturbed.contents
+
+
+def tear(sink: MemorySink) -> int:
+    """Leave the scratch as a kill in the middle of a write would; return the torn offset."""
+    (scratch,) = (Path(folder.name) for folder in sink._scratch.values())
+    name = "model.layers.1.mlp.up_proj.weight"
+    start = tensor_start(scratch / "shard", name)
+    with (scratch / "shard").open("r+b") as shard:
+        shard.seek(start)
+        shard.write(b"half of a residual")
+    with (scratch / "journal").open("a") as journal:
+        journal.write(json.dumps({"begin": name}) + '\n{"done": "mod')
+    return start
+
+
+def poison(folder: Path, value: float) -> None:
+    def edit(tensors):
+        tensors["model.layers.1.self_attn.v_proj.weight"][3, 7] = value
+        return tensors
+
+    tinymodels.edit_tensors(folder, edit)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named_with_its_index(llama, tmp_path, value):
+    poison(llama, value)
+    with pytest.raises(NonFiniteWeight, match=r"layers\.1\.self_attn\.v_proj.*\[3, 7\]"):
+        convert_to(llama, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+REFUSED = [
+    ({"rank": 33}, RankTooLarge, "33"),
+    ({"target_modules": "q_proj"}, NothingMatched, "q_proj"),
+    ({"target_modules": ["embed_tokens"]}, UnsupportedModule, "embed_tokens"),
+]
+
+
+@pytest.mark.parametrize(("config", "error", "says"), REFUSED)
+def test_what_cannot_be_done_is_refused_before_any_weight_is_read(
+    llama, tmp_path, config, error, says
+):
+    with pytest.raises(error, match=says):
+        convert_to(llama, tmp_path / "out", config)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_tied_head_is_refused(tmp_path):
+    model = tinymodels.save_model("gemma", tmp_path / "model")
+    with pytest.raises(TiedWeight, match="lm_head"):
+        convert_to(model, tmp_path / "out", {"target_modules": ["lm_head"]})
+
+
+@pytest.mark.parametrize(
+    ("output", "error"),
+    [("model", OutputIsSource), ("model/inside", OutputInsideSource), ("full", OutputExists)],
+)
+def test_outputs_that_cannot_take_the_result(llama, tmp_path, output, error):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    before = checksums(tmp_path)
+    with pytest.raises(error):
+        convert_to(llama, tmp_path / output)
+    assert checksums(tmp_path) == before
+
+
+def test_a_budget_below_the_largest_matrix_names_it(llama, tmp_path):
+    with pytest.raises(MemoryTooSmall, match=r"needs [\d,]+ bytes .* budget is 1,000"):
+        convert_to(llama, tmp_path / "out", memory_budget=1000)
+
+
+def test_a_disk_that_is_too_small_is_said_before_work(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(MemorySink, "free_bytes", lambda self: 1000)
+    contents = {path.name: path.read_bytes() for path in llama.iterdir()}
+    with pytest.raises(DiskTooSmall, match=r"needs [\d,]+ bytes of disk and 1,000 are free"):
+        next(convert(MemorySource(contents), MemorySink(), parse_config({}), Runtime()))
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(sharded, tmp_path):
+    course = course_of(sharded, tmp_path / "out")
+    next(course)
+    last = sorted(sharded.glob("*.safetensors"))[-1]
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(SourceChanged, match=last.name):
+        list(course)
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_are_all_ours(llama, tmp_path):
+    (llama / "model.safetensors").write_bytes(b"not a checkpoint at all")
+    with pytest.raises(PissaError):
+        convert_to(llama, tmp_path / "out")
