@@ -15,6 +15,7 @@ class Fault:
     Attributes:
         path: a regular expression, searched in the path without query.
         status: answer with this status and these `headers`, `code` as X-Error-Code.
+        stall_s: wait so long before answering.
         drop: close the connection without an answer.
         cut_after: close the connection after so many bytes of the body.
         corrupt_at: flip the byte at this position of the answer's body.
@@ -29,6 +30,7 @@ class Fault:
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     code: str | None = None
+    stall_s: float = 0.0
     drop: bool = False
     cut_after: int | None = None
     corrupt_at: int | None = None

@@ -27,7 +27,7 @@ class Blob(Protocol):
 
 @dataclass(frozen=True)
 class Bytes:
-    content: bytes
+    content: bytes = field(repr=False)
 
     @property
     def size(self) -> int:

@@ -82,6 +82,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         method = "GET" if self.command == "HEAD" else self.command
         fault = self.server.hub.faults.take(self.command, split.path)
+        if fault is not None and fault.stall_s:
+            self.server.hub.ended.wait(fault.stall_s)
         if fault is not None and fault.drop:
             self.close_connection = True
             return
@@ -126,8 +128,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         for chunk in _chunks(answer.body, start, stop, fault):
+            seen.sent += len(chunk)  # counted first: once a client has it, it is counted
             self.wfile.write(chunk)
-            seen.sent += len(chunk)
         if seen.sent < stop - start:
             self.close_connection = True
 
@@ -190,6 +192,7 @@ def running(hub: Hub, *, port: int = 0) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.ended.set()
         for server, thread in zip(servers, threads, strict=True):
             server.end()
             thread.join()

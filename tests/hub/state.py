@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class Hub:
         self.tokens: dict[str, Token] = {}
         self.faults = Faults()
         self.seen: list[Seen] = []
+        self.ended = threading.Event()
         self.endpoint = ""
         self.storage = ""
         self.blobs: dict[str, Blob] = {}
