@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
-from pydantic import BaseModel, ByteSize, TypeAdapter, ValidationError
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from pissa_core.errors import InvalidConfig
@@ -139,11 +139,6 @@ def parse_value(setting: Setting, value: Any) -> Any:
     return value
 
 
-def parse_size(text: str) -> int:
-    """Read a size as people write it: 4GB is 4·10⁹ bytes, 4GiB is 4·2³⁰."""
-    return int(TypeAdapter(ByteSize).validate_python(text))
-
-
 class Size(click.ParamType[int]):
     """A number of bytes: 4000000000, 4GB, 3.5GiB."""
 
@@ -151,11 +146,13 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Parse; a size that is none, or is zero, is a usage error."""
+        from worker.settings import parse_size
+
         try:
-            nbytes = parse_size(str(value))
-        except ValidationError:
+            nbytes = int(str(parse_size(str(value))))
+        except ValueError:
             nbytes = 0
-        if nbytes <= 0:
+        if nbytes == 0:
             self.fail(f"{value!r} is not a size; write 4GB, 3.5GiB or a number of bytes", param)
         return nbytes
 

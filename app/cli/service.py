@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import socket
@@ -44,8 +43,7 @@ def serve(*, host: str, port: int, data_dir: Path | None, workers: int | None) -
     with listening(host, port) as door, ExitStack() as stack:
         url = settings.redis_url or stack.enter_context(_embedded(settings))
         settings = settings.model_copy(update={"redis_url": url})
-        environment = os.environ | {"PISSA_REDIS_URL": url}
-        environment["PISSA_DATA_DIR"] = str(settings.data_dir)
+        environment = os.environ | settings.as_env()
         address = f"http://{_in_url(host)}:{door.getsockname()[1]}"
         stack.enter_context(Workers(worker_commands(workers), environment))
         _say(f"PiSSA service at {address}", f"data in {settings.data_dir}", "Ctrl-C ends it")
@@ -77,22 +75,14 @@ def read_settings(data_dir: Path | None) -> Settings:
 
 def refuse_open_door(host: str, *, has_keys: bool) -> None:
     """Refuse to listen beyond this machine without API keys."""
+    from app.auth import is_loopback
+
     if has_keys or is_loopback(host):
         return
     raise InvalidRequest(
         f"--host {host} lets other machines in, and PISSA_API_KEYS is not set",
         hint="set PISSA_API_KEYS to one or more secret keys, or leave --host at 127.0.0.1",
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from app.cli.options import config_options, parse_size, settings
+from app.cli.options import Size, config_options, settings
 from pissa_core.errors import InvalidConfig
 from pissa_core.spec import PissaConfig, parse_config
 
@@ -144,7 +144,13 @@ def test_a_config_file_that_holds_no_object_is_refused(tmp_path: Path, content: 
 
 @pytest.mark.parametrize(
     ("text", "nbytes"),
-    [("4GB", 4 * 10**9), ("4GiB", 4 * 2**30), ("512", 512), ("1.5 kB", 1500), ("2G", 2 * 10**9)],
+    [("4GB", 4 * 10**9), ("4GiB", 4 * 2**30), ("512", 512), ("1.5 kB", 1500)],
 )
 def test_sizes_are_read_as_people_write_them(text: str, nbytes: int) -> None:
-    assert parse_size(text) == nbytes
+    assert Size().convert(text, None, None) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "big", "0", "-1", "4 lightyears", "nan"])
+def test_a_size_that_is_none_is_a_usage_error(text: str) -> None:
+    with pytest.raises(click.UsageError, match="is not a size"):
+        Size().convert(text, None, None)
