@@ -51,7 +51,7 @@ def run_measured(command: list[str], **options: object) -> Measured:
     watcher.start()
     streams: dict[str, bytes] = {}
     readers = [
-        threading.Thread(target=lambda n=name: streams.update({n: getattr(process, n).read()}))
+        threading.Thread(target=_drain, args=(process, name, streams))
         for name in ("stdout", "stderr")
     ]
     for reader in readers:
@@ -72,6 +72,11 @@ def run_measured(command: list[str], **options: object) -> Measured:
         peak_anonymous_bytes=peaks["anonymous"],
         stdout=streams["stdout"].decode(),
     )
+
+
+def _drain(process: subprocess.Popen[bytes], name: str, streams: dict[str, bytes]) -> None:
+    with getattr(process, name) as stream:
+        streams[name] = stream.read()
 
 
 def _watch(pid: int, peaks: dict[str, int], ended: threading.Event) -> None:

@@ -1,0 +1,153 @@
+"""The benchmarks measure what they say: tools tested where their answer is known beforehand."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    for script in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(script.stem, None)
+
+
+@pytest.fixture
+def tiny(load, tmp_path):
+    checkpoint = load("checkpoint")
+    shape = checkpoint.Shape(
+        3, hidden=32, intermediate=48, heads=4, key_value_heads=2, vocabulary=64
+    )
+    return checkpoint.make_checkpoint(tmp_path / "tiny", shape)
+
+
+def test_a_checkpoint_is_the_same_every_time_and_loads(load, tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = load("checkpoint")
+    shape = checkpoint.Shape(
+        3, hidden=32, intermediate=48, heads=4, key_value_heads=2, vocabulary=64
+    )
+    again = checkpoint.make_checkpoint(tmp_path / "again", shape)
+    first = (tiny / "model.safetensors").read_bytes()
+    assert first == (again / "model.safetensors").read_bytes()
+    other = checkpoint.make_checkpoint(tmp_path / "other", shape, seed=1)
+    assert first != (other / "model.safetensors").read_bytes()
+    model, info = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.num_hidden_layers == 3
+
+
+def test_a_checkpoint_in_shards_holds_the_same_tensors(load, tiny, tmp_path):
+    checkpoint = load("checkpoint")
+    shape = checkpoint.Shape(
+        3, hidden=32, intermediate=48, heads=4, key_value_heads=2, vocabulary=64
+    )
+    folder = checkpoint.make_checkpoint(tmp_path / "sharded", shape, shards=4)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 4
+    with safe_open(tiny / "model.safetensors", "pt") as whole:
+        assert set(whole.keys()) == set(index["weight_map"])
+        for name, path in index["weight_map"].items():
+            with safe_open(folder / path, "pt") as shard:
+                assert torch.equal(shard.get_tensor(name), whole.get_tensor(name))
+
+
+def test_the_spectrum_is_heavy_tailed_without_a_gap(load):
+    W = load("checkpoint").heavy_tailed(256, 192, torch.Generator().manual_seed(0))
+    sigma = torch.linalg.svdvals(W)
+    assert sigma[0] > 3 * sigma[15]
+    assert (sigma[1:] / sigma[:-1])[8:150].min() > 0.9
+
+
+def test_the_optimal_adapter_misses_nothing_and_a_worse_one_what_it_misses(load, tiny, tmp_path):
+    energy, rank = load("energy"), 4
+    truth = energy.load_truth(tiny, tmp_path / "truth.npz")
+    assert len(truth) == 7
+    assert all(".1." in name for name in truth)
+    assert energy.load_truth(tiny, tmp_path / "truth.npz").keys() == truth.keys()
+    best, worse = {}, {}
+    with safe_open(tiny / "model.safetensors", "pt") as file:
+        for name in truth:
+            U, S, Vt = torch.linalg.svd(file.get_tensor(name).double(), full_matrices=False)
+            key = f"base_model.model.{name.removesuffix('.weight')}"
+            for tensors, chosen in ((best, slice(0, rank)), (worse, slice(1, rank + 1))):
+                tensors[f"{key}.lora_A.weight"] = Vt[chosen].contiguous()
+                tensors[f"{key}.lora_B.weight"] = (U * S)[:, chosen].contiguous()
+    for name, tensors in (("best", best), ("worse", worse)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+    found = energy.judge(tiny, truth, tmp_path / "best", rank)
+    assert max(abs(value) for value in found.values()) < 1e-9
+    lost = energy.judge(tiny, truth, tmp_path / "worse", rank)
+    expected = [1 - s[1 : rank + 1].sum() / s[:rank].sum() for s in truth.values()]
+    assert lost["worst_missed"] == pytest.approx(max(expected))
+    assert 0 < lost["missed"] < lost["worst_missed"]
+
+
+def test_peak_memory_is_that_of_the_whole_tree(load):
+    measure = load("measure")
+    child = "x = bytearray(150_000_000); import time; time.sleep(0.5)"
+    parent = f"import subprocess, sys; p = [subprocess.Popen([sys.executable, '-c', {child!r}]) for _ in range(2)]; [q.wait() for q in p]; print('said')"  # noqa: E501
+    measured = measure.run_measured([sys.executable, "-c", parent])
+    assert measured.stdout == "said\n"
+    assert 300_000_000 < measured.peak_bytes < 450_000_000
+    assert measured.peak_anonymous_bytes > 290_000_000
+    assert measured.cpu_s > 0
+
+
+def test_a_measured_process_that_fails_says_why(load):
+    measure = load("measure")
+    with pytest.raises(measure.Failed, match=r"ended with 1:[\s\S]*no such luck"):
+        measure.run_measured([sys.executable, "-c", "raise SystemExit('no such luck')"])
+
+
+def test_peft_as_a_contender_and_its_figures(load, tiny, tmp_path):
+    convert = load("convert")
+    bench = convert.Bench(tmp_path, "cpu", rounds=1)
+    contenders = [convert.copy(), convert.peft("pissa_niter_4", 4, "cpu"), convert.pissa(4, "cpu")]
+    copied, peft, ours = convert.compare(bench, tiny, 4, contenders)
+    assert not (tmp_path / "out").exists()
+    assert copied["quality"] is None
+    assert set(peft["said"]) == {"import", "load", "init", "save"}
+    # PEFT rounds its factors to bfloat16, ours are float32: that is all that differs here.
+    assert 0 < peft["quality"]["missed"] < 1e-2
+    assert ours["quality"]["missed"] < 1e-4
+
+
+def test_the_summary_has_a_row_a_contender(load):
+    summary = load("summary")
+    record = {
+        "rank": 16, "contender": "PEFT pissa_niter_16", "wall_s": 20.0, "cpu_s": 30.0,
+        "peak_bytes": 2e9, "peak_anonymous_bytes": 1e9,
+        "quality": {"missed": 1e-3, "worst_sigma_error": 4e-2},
+    }  # fmt: skip
+    ours = {**record, "contender": "pissa convert", "wall_s": 5.0, "peak_bytes": 5e8}
+    table = summary.table([record, ours]).splitlines()
+    assert len(table) == 4
+    assert "| 4.0× | 4.0× |" in table[3]
+
+
+@pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py")))
+def test_every_script_compiles(script):
+    source = (BENCHMARKS / script).read_text()
+    compile(source, script, "exec")
+    assert '"""' in source.splitlines()[0]
+
+
+def test_the_checkpoint_script_is_a_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "checkpoint.py", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "--layers" in done.stdout
