@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote
 
 from hub.repos import Blob, Bytes, Commit, File, Repo, Token
 from hub.state import Hub
@@ -134,7 +134,7 @@ def tree(call: Call, repo_id: str, revision: str, folder: str = "") -> Answer:
 def paths_info(call: Call, repo_id: str, revision: str) -> Answer:
     repo = call.repo(repo_id)
     commit = call.commit(repo, revision)
-    wanted = json.loads(call.body)["paths"]
+    wanted = parse_qs(call.body.decode())["paths"]
     return as_json([_entry(path, commit.files[path]) for path in wanted if path in commit.files])
 
 
