@@ -36,6 +36,7 @@ def compare_outputs(original: str, revision: str | None, converted: Path) -> Com
         revision: the commit that was converted.
         converted: folder with the residual model, the adapter in its `pissa_init/`.
     """
+    transformers.utils.logging.disable_progress_bar()
     config = json.loads((converted / "config.json").read_text())
     model_class = getattr(transformers, config["architectures"][0])
     base = _load(model_class, original, revision=revision)
