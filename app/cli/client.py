@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from app.cli import tables
-from app.cli.errors import ServiceUnreachable, on_interrupt
+from app.cli.errors import on_interrupt
 from app.cli.http import Service, job_path
 from app.cli.options import config_options, job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display
@@ -23,6 +23,7 @@ POLL_S = 0.5
 PATIENCE_S = 60.0
 """How long `watch` goes on asking a service that does not answer; it may be restarting."""
 
+PASSING = ("service_unreachable", "store_unavailable", "too_many_requests")
 FINAL = ("succeeded", "failed", "cancelled")
 
 
@@ -137,9 +138,10 @@ def follow(service: Service, job_id: str, shown: Display) -> dict[str, Any]:
     while True:
         try:
             job = service.get(job_path(job_id))
-        except ServiceUnreachable:
+        except PissaError as error:
             quiet_since = quiet_since or time.monotonic()
-            if track.started is False or time.monotonic() - quiet_since > PATIENCE_S:
+            impatient = not track.started or time.monotonic() - quiet_since > PATIENCE_S
+            if error.code not in PASSING or impatient:
                 raise
             shown.show(Snapshot("no answer from the service, asking again"))
         else:

@@ -88,8 +88,8 @@ class Workers:
 
     def _mourn(self, place: _Place, status: int, now: float) -> None:
         steady = now - place.started > STEADY_S
-        place.delay_s = FIRST_DELAY_S if steady else min(2 * place.delay_s, LONGEST_DELAY_S)
         place.due = now if steady else now + place.delay_s
+        place.delay_s = FIRST_DELAY_S if steady else min(2 * place.delay_s, LONGEST_DELAY_S)
         place.process = None
         print(
             f"a worker ended with status {status}; it is started again in "
