@@ -166,7 +166,7 @@ def test_no_such_repo(hub, open_hub):
 def test_a_private_repo_is_open_to_its_readers_only(hub, open_hub):
     repo = hub.create_repo(ID, files=FILES, private=True)
     repo.readers.add("friend")
-    with pytest.raises(RepoNotFound, match="needs a token, and none was given"):
+    with pytest.raises(RepoNotFound, match="or it is private and no token was given"):
         open_hub(ID)
     with pytest.raises(RepoNotFound, match="this token cannot see it"):
         open_hub(ID, token=hub.create_token("stranger"))
@@ -292,9 +292,12 @@ def test_a_hub_whose_name_is_unknown():
         HubSource(HubRef(ID), client=client)
 
 
-def test_an_address_that_is_none():
-    with pytest.raises(HubUnavailable, match="cannot be reached") as caught:
-        HubSource(HubRef(ID), endpoint="ftp://user:hidden@example.invalid")
+@pytest.mark.parametrize(
+    "endpoint", ["ftp://user:hidden@example.invalid", "user:hidden@example.invalid", "http://"]
+)
+def test_an_address_that_is_none(endpoint):
+    with pytest.raises(HubUnavailable, match=r"^the Hub at \S+ cannot be reached") as caught:
+        HubSource(HubRef(ID), endpoint=endpoint)
     assert "HF_ENDPOINT" in caught.value.hint
     assert "hidden" not in f"{caught.value} {caught.value.hint}"
 

@@ -115,7 +115,8 @@ class Subject:
     @property
     def host(self) -> str:
         """The Hub's host and port, without the password that an address may hold besides."""
-        return urlsplit(self.endpoint).netloc.rpartition("@")[2]
+        address = urlsplit(self.endpoint).netloc or self.endpoint or "(no address)"
+        return address.rpartition("@")[2]
 
     @property
     def site(self) -> str:
@@ -208,7 +209,7 @@ class Subject:
         )
 
     def _no_repo(self) -> RepoNotFound:
-        why = "this token cannot see it" if self.with_token else "needs a token, and none was given"
+        why = "this token cannot see it" if self.with_token else "no token was given"
         return RepoNotFound(
             f"the Hub at {self.host} has no model {self.repo_id}, or it is private and {why}",
             hint="check the spelling (org/name); for a private model give a token that can read it "
