@@ -127,9 +127,14 @@ def test_folders_and_repo_ids_are_told_apart(tmp_path, monkeypatch):
     assert demo.is_folder("org/name")
 
 
-def start_demo(folder, *arguments):
-    # The Hub's address is one where nobody listens: the answer is known, and immediate.
-    environment = os.environ | {"HF_ENDPOINT": CLOSED, "COLUMNS": "100"}
+def start_demo(folder, *arguments, endpoint=CLOSED):
+    # Where nobody listens, the Hub's answer is known, and immediate.
+    environment = os.environ | {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "hub-cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "COLUMNS": "100",
+    }
     return subprocess.Popen(
         [sys.executable, "-m", "app.demo", *arguments],
         cwd=folder,
@@ -171,6 +176,18 @@ def test_the_demo_shows_a_real_model_converted_and_right(tmp_path):
         if str(tmp_path) in " ".join(p.info["cmdline"] or [])
     ]
     assert left == []
+
+
+def test_the_demo_takes_a_model_from_the_hub_when_it_answers(tmp_path, hub):
+    LlamaForCausalLM(TINY_LLAMA).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    hub.create_repo(demo.HUB_MODEL, tmp_path / "model")
+    process = start_demo(tmp_path, endpoint=hub.endpoint)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert f"Model: {demo.HUB_MODEL}, since the Hub answers" in text
+    output = Path(text.split("The result lies in\n")[1].splitlines()[0].strip())
+    manifest = json.loads((output / "pissa_manifest.json").read_text())
+    assert manifest["source"]["ref"] == f"hf://{demo.HUB_MODEL}@{manifest['source']['commit']}"
 
 
 def test_an_interrupted_demo_leaves_nothing_running(tmp_path):
