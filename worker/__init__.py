@@ -1,0 +1,1 @@
+"""The service's workers and the job store; the API uses its torch-free half."""

@@ -67,6 +67,7 @@ class Task(StrEnum):
     PREPARE = "pissa.prepare"
     SHARD = "pissa.shard"
     PUBLISH = "pissa.publish"
+    DISCARD = "pissa.discard"
     PLAN = "pissa.plan"
 
 

@@ -1,0 +1,95 @@
+"""Processes of this machine: who I am, whether another still lives, dying with one's parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def holder_id() -> str:
+    """Name this process so that any other on the same machine can tell whether it lives.
+
+    The name holds the machine's boot, the PID namespace, the PID and the time it started (in
+    clock ticks since boot), so that a PID used again is not taken for it.
+    """
+    pid = os.getpid()
+    return f"{_here()}/{pid}/{_start_of(pid)}"
+
+
+def is_dead(holder: str) -> bool:
+    """Whether a process of this machine has ended; False for one of another machine."""
+    here, _, process = holder.partition("/")
+    if not here or here != _here():
+        return False
+    pid, _, start = process.partition("/")
+    return _start_of(int(pid)) != start
+
+
+def die_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send `signum` when the thread that started this process ends (Linux).
+
+    Where there is no such call, a process whose parent is gone is found by the lease it lets run
+    out.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory this process has held since `reset_peak_memory`, or ever."""
+    status = _read(Path("/proc/self/status"))
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory() -> None:
+    """Begin to measure the peak anew, where the kernel can (Linux)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def oom_kills() -> int:
+    """Return how often the kernel has killed in our memory cgroup for want of memory."""
+    line = next((x for x in _read(Path("/proc/self/cgroup")).splitlines() if x[:3] == "0::"), None)
+    if line is None:
+        return 0
+    events = _read(Path(f"/sys/fs/cgroup{line[3:]}") / "memory.events")
+    counts = dict(row.split() for row in events.splitlines() if len(row.split()) == 2)
+    return int(counts.get("oom_kill", 0))
+
+
+def _here() -> str:
+    boot = _read(Path("/proc/sys/kernel/random/boot_id")).strip()
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path, a name
+    except OSError:
+        namespace = ""
+    return f"{boot}:{namespace}" if boot and namespace else ""
+
+
+def _start_of(pid: int) -> str | None:
+    stat = _read(Path(f"/proc/{pid}/stat"))
+    # The name, in parentheses, may hold anything; the 22nd field is the 20th behind it. A zombie
+    # has ended, whoever has yet to collect it.
+    fields = stat.rpartition(")")[2].split()
+    return None if len(fields) < 20 or fields[0] in ("Z", "X") else fields[19]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,159 @@
+"""What mends by going round: leases of the dead, tasks never sent, retries that are due.
+
+It runs in the API and in every worker; a lock in the store lets one of them do a round.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Collection
+from types import TracebackType
+from typing import Any
+
+from pissa_core.errors import NoSuitableWorker, PissaError, WorkerLost
+from worker.errors import PlanTimeout, StoreUnavailable
+from worker.processes import holder_id, is_dead
+from worker.settings import Settings
+from worker.store.connection import Connection
+
+_UNWANTED_PLAN_S = 600
+_FORGET_WORKER_AFTER = 3  # leases without a heartbeat
+logger = logging.getLogger(__name__)
+
+
+class Reaper:
+    """Rounds, one every `reap_s`, in a thread of their own while the block is open."""
+
+    def __init__(self, connection: Connection, settings: Settings) -> None:
+        """Prepare; `round` may also be called by itself."""
+        self._connection = connection
+        self._settings = settings
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
+
+    def __enter__(self) -> Reaper:
+        """Begin the rounds."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the rounds."""
+        self._stopping.set()
+        self._thread.join(timeout=self._settings.reap_s + 5)
+
+    def round(self) -> bool:
+        """Go round once; False if another process is at it.
+
+        Raises:
+            StoreUnavailable: if the store is away.
+        """
+        settings, call = self._settings, self._connection.call
+        answer = call(
+            "round",
+            by=holder_id(),
+            period_ms=max(1, int(settings.reap_s * 900)),
+            pause_ms=int((settings.reap_s + settings.renew_s) * 1000),
+            grace_ms=int(1.5 * settings.renew_s * 1000),
+        )
+        if answer.get("busy"):
+            return False
+        self._take_back_leases()
+        served = self._served_queues()
+        self._send_again(served)
+        return True
+
+    def _take_back_leases(self) -> None:
+        for lease in self._connection.call("leases")["leases"] or ():
+            dead = is_dead(lease["holder"])
+            if dead or lease["expired"]:
+                self.take_back(lease, _worker_lost(lease, dead=dead), dead=dead)
+
+    def take_back(self, lease: dict[str, Any], error: PissaError, *, dead: bool) -> None:
+        """Take a task from a worker that died (`dead`) or whose lease has run out."""
+        logger.warning("%s %s is taken back: %s", lease["id"], lease["task"], error.message)
+        self._connection.call(
+            "lose",
+            id=lease["id"],
+            task=lease["task"],
+            token=lease["token"],
+            dead=dead,
+            code=error.code,
+            error=json.dumps(error.as_dict()),
+            max_losses=self._settings.max_losses,
+        )
+
+    def _served_queues(self) -> list[str]:
+        """Forget silent workers; tell each queue how many messages may wait in it."""
+        served: list[str] = []
+        for entry in self._connection.call("workers")["workers"] or ():
+            if entry["ago_ms"] > _FORGET_WORKER_AFTER * 1000 * self._settings.lease_s:
+                self._connection.call("leave", name=entry["name"])
+            else:
+                served += json.loads(entry["record"])["queues"]
+        windows = {queue: served.count(queue) + 1 for queue in served}
+        if windows:
+            self._connection.call("windows", windows=windows)
+        return served
+
+    def _send_again(self, served: Collection[str]) -> None:
+        forgotten = PlanTimeout("the plan was not made in time, and nobody waits for it any more")
+        overdue = self._connection.call(
+            "overdue",
+            resend_ms=int(2000 * self._settings.reap_s),
+            plan_ms=_UNWANTED_PLAN_S * 1000,
+            error=json.dumps(forgotten.as_dict()),
+        )["overdue"]
+        for entry in overdue or ():
+            job_id, task, queue = entry["id"], entry["task"], entry["queue"]
+            if self._is_unserved(entry, served):
+                error = json.dumps(_no_suitable_worker(self._settings.no_worker_s).as_dict())
+                self._connection.call("unserved", id=job_id, task=task, error=error)
+            elif not self._is_waiting(queue, f"{job_id}|{task}"):
+                logger.info("the message of %s %s is sent again", job_id, task)
+                self._connection.send(job_id, task, queue)
+                self._connection.call("resent", id=job_id, task=task, queue=queue)
+
+    def _is_unserved(self, entry: dict[str, Any], served: Collection[str]) -> bool:
+        # Where no worker runs at all, one may be about to; where others run and none shares the
+        # storage, waiting on is in vain.
+        queue, others = entry["queue"], bool(served)
+        waited = entry["waited_ms"] > 1000 * self._settings.no_worker_s
+        return waited and others and "." in queue and queue not in served
+
+    def _is_waiting(self, queue: str, task_id: str) -> bool:
+        """Whether the queue still holds the message; the window keeps queues short."""
+        client, key = self._connection.client, f"{self._connection.sender.prefix}{queue}"
+        messages: Any = self._connection.ask(lambda: client.lrange(key, 0, -1))
+        quoted = json.dumps(task_id)
+        return any(quoted in message for message in messages)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._settings.reap_s):
+            try:
+                self.round()
+            except StoreUnavailable:
+                logger.warning("the store is away; the next round comes in time")
+            except Exception:
+                logger.exception("a round failed")
+
+
+def _worker_lost(lease: dict[str, Any], *, dead: bool) -> WorkerLost:
+    how = "died" if dead else "fell silent"
+    return WorkerLost(
+        f"the worker {lease['worker']} {how} while it was at {lease['task']}",
+        hint="if this happens again the machine may be short of memory; see the worker's log",
+    )
+
+
+def _no_suitable_worker(waited_s: float) -> NoSuitableWorker:
+    return NoSuitableWorker(
+        f"no worker that shares the service's storage has taken the job within {waited_s:g} s",
+        hint="give a worker the same data folder and local root, or use an output on the Hub",
+    )
