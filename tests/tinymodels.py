@@ -79,6 +79,8 @@ MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "deberta-cls": ("DebertaV2Config", "DebertaV2ForSequenceClassification", _DEBERTA),
     "t5": ("T5Config", "T5ForConditionalGeneration", _T5),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", _MIXTRAL),
+    "roberta-token": ("RobertaConfig", "RobertaForTokenClassification", _ENCODER),
+    "roberta-qa": ("RobertaConfig", "RobertaForQuestionAnswering", {**_ENCODER, "num_labels": 2}),
 }
 
 

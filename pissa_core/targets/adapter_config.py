@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig
@@ -26,9 +26,6 @@ def saved_config(
     It differs from PEFT's in three points: `init_lora_weights` is true, since the residual must
     not be decomposed again; sets are sorted; patterns whose order matters are made explicit,
     since PEFT sorts them when it saves. The base model's name is left to the caller.
-
-    Raises:
-        UnsupportedArchitecture: the saved targets would match other modules when loaded.
     """
     saved = {key: _plain(value) for key, value in lora.to_dict().items()}
     for name in ("base_model_name_or_path", "revision"):
@@ -46,17 +43,13 @@ def saved_config(
     return saved
 
 
-def check_reload(saved: dict[str, Any], modules: Sequence[str], layers: Sequence[Injected]) -> None:
-    """Refuse a saved config that would match other modules than were injected."""
-    if saved["target_parameters"]:
-        return  # fused experts, each of which is refused
+def check_reload(saved: Mapping[str, Any], modules: Iterable[str], wanted: Iterable[str]) -> None:
+    """Refuse a saved config that would choose other of the `modules` than were `wanted`."""
     reloaded = LoraConfig(**saved)
     again = {name for name in modules if name and check_target_module_exists(reloaded, name)}
-    wanted = {layer.module for layer in layers}
-    if again != wanted:
-        odd = sorted(again ^ wanted)[0]
+    if odd := again.symmetric_difference(wanted):
         raise UnsupportedArchitecture(
-            f"the saved target_modules would not choose the same modules again ({odd} differs)",
+            f"the saved target_modules would not choose the same modules again: {min(odd)} differs",
             hint="name the targets by a list or a regular expression",
         )
 

@@ -17,7 +17,7 @@ from torch import nn
 from pissa_core.errors import InvalidConfig, PissaError, UnsupportedModule
 from pissa_core.plan import Refusal
 from pissa_core.spec import PissaConfig
-from pissa_core.targets.adapter_config import check_reload, saved_config
+from pissa_core.targets.adapter_config import saved_config
 from pissa_core.targets.nothing import explain_nothing
 from pissa_core.targets.skeleton import Skeleton
 from pissa_core.targets.tasks import HEADS
@@ -60,11 +60,13 @@ class Injection:
 
     Attributes:
         carried: adapter key → parameter of the model, for tensors stored whole.
+        modules: every module path of the model before the injection.
     """
 
     layers: tuple[Injected, ...]
     carried: Mapping[str, str]
     adapter_config: Mapping[str, Any]
+    modules: tuple[str, ...]
     refused: tuple[Refusal, ...]
 
 
@@ -174,13 +176,11 @@ def _read_back(
         for name, layer in wrapped.named_modules()
         if isinstance(layer, LoraLayer)
     )
-    saved = saved_config(wrapped.peft_config[_ADAPTER], skeleton, found, task)
-    if not refused:
-        check_reload(saved, list(modules), found)
     return Injection(
         layers=found,
         carried={key: key.removeprefix(PREFIX) for key in keys if ".lora_" not in key},
-        adapter_config=saved,
+        adapter_config=saved_config(wrapped.peft_config[_ADAPTER], skeleton, found, task),
+        modules=tuple(modules),
         refused=refused,
     )
 
@@ -209,7 +209,7 @@ def _without_refused(
     try:
         wrapped = _wrap(skeleton, config, task, without=refused)
     except NoMatchingPeftModuleError:
-        return Injection((), {}, {}, refusals)
+        return Injection((), {}, {}, tuple(modules), refusals)
     return _read_back(wrapped, skeleton, task, modules, refusals)
 
 
@@ -240,5 +240,6 @@ def _refused_by_peft(skeleton: Skeleton, config: PissaConfig, task: str | None) 
 
 def _reason(target: nn.Module, error: Exception) -> str:
     if isinstance(target, nn.Linear):
-        return f"PEFT refuses it: {error}"
+        sentence = re.sub(r"^\[.*?\]\s*", "", str(error)).partition(". ")[0]
+        return f"PEFT refuses it: {sentence}"
     return f"it is a {type(target).__name__}; only Linear and Conv1D can be decomposed"

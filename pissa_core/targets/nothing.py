@@ -41,10 +41,10 @@ def _hint(config: PissaConfig, modules: Mapping[str, nn.Module]) -> str:
         for name in wanted
         for match in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=3)
     ]
-    if close and not set(close) <= set(wanted):
-        return f"similar names in this model: {', '.join(dict.fromkeys(close))}"
     if any(_is_leaf(name, linear) for name in wanted) or targets == "all-linear":
         return "the targets exist, but exclude_modules, layers_to_transform or task_type drop them"
+    if close:
+        return f"similar names in this model: {', '.join(dict.fromkeys(close))}"
     return f"this model's linear modules end in {', '.join(leaves) or 'nothing'}"
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,10 +9,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa_core.plan import CarriedTensor, Matrix, Refusal
+from pissa_core.targets.bypass import uses_bare_weight
 from pissa_core.targets.injection import Injected, Injection
 from pissa_core.targets.naming import Names, Stored
 
 DTYPES = ("F32", "F16", "BF16")
+_LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
+"""Subclasses of Linear whose own forward computes the same."""
 _Objection = tuple[str, str]
 """A code and a reason."""
 
@@ -69,9 +69,14 @@ def _matrix(layer: Injected, names: Names) -> Matrix:
 
 
 def _wrong_kind(layer: Injected, _: Names) -> _Objection | None:
-    if isinstance(layer.base, (nn.Linear, Conv1D)):
-        return None
     kind = type(layer.base).__name__
+    if isinstance(layer.base, (nn.Linear, Conv1D)):
+        plain = type(layer.base).forward in (nn.Linear.forward, Conv1D.forward)
+        if plain or kind in _LINEAR_BY_ANOTHER_NAME:
+            return None
+        return "unsupported_module", (
+            f"a {kind} does more than multiply by its weight, so W = R + s·B·A does not hold for it"
+        )
     if layer.parameter != f"{layer.module}.weight":
         shape = list(layer.base.get_parameter(layer.parameter.rpartition(".")[2]).shape)
         return "unsupported_module", (
@@ -95,28 +100,12 @@ def _tied(layer: Injected, names: Names) -> _Objection | None:
 
 def _bypassed(layer: Injected, _: Names) -> _Objection | None:
     child = layer.module.rpartition(".")[2]
-    if not _uses_bare_weight(type(layer.parent), child):  # type: ignore[arg-type]
+    if not uses_bare_weight(layer.parent, child):
         return None
     return "unsupported_module", (
         f"{type(layer.parent).__name__} multiplies by its bare weight ({child}.weight) without "
         "calling it, so the adapter would be passed by and the residual used alone"
     )
-
-
-@functools.lru_cache(maxsize=1024)
-def _uses_bare_weight(parent: type[nn.Module], child: str) -> bool:
-    """Whether a class reads ``self.<child>.weight`` for more than its dtype or device."""
-    if issubclass(parent, nn.MultiheadAttention):
-        return True
-    if parent.__module__.startswith(("torch.", "pissa_core.")):
-        return False
-    try:
-        source = inspect.getsource(parent)
-    except (OSError, TypeError):
-        return False
-    metadata = r"\.(?:dtype|device|shape|size|ndim|dim|numel|is_meta|requires_grad|_is_\w+)\b"
-    use = rf"(?<!isinstance\()(?<!hasattr\()self\.{child}\.weight\b(?!{metadata})(?!\s*=[^=])"
-    return re.search(use, source) is not None
 
 
 def _not_one_tensor(layer: Injected, names: Names) -> _Objection | None:
@@ -163,7 +152,7 @@ def _rank_too_large(layer: Injected, names: Names) -> _Objection | None:
         return None
     return "rank_too_large", (
         f"rank {layer.rank} exceeds {min(tensor.shape)}, the smaller side of {tensor.name} "
-        f"{list(tensor.shape)}"
+        f"{list(tensor.shape)}; exclude it, or give it a smaller one in rank_pattern"
     )
 
 

@@ -46,6 +46,7 @@ def resolve_targets(layout: Layout, config: PissaConfig) -> Targets:
         InvalidConfig: a pattern that only PEFT could judge.
     """
     # Imported here: torch, transformers and peft take seconds, and only planning needs them.
+    from pissa_core.targets.adapter_config import check_reload
     from pissa_core.targets.injection import inject
     from pissa_core.targets.naming import Names
     from pissa_core.targets.refusals import judge
@@ -57,11 +58,15 @@ def resolve_targets(layout: Layout, config: PissaConfig) -> Targets:
     task, contradictions = settle_task(skeleton, config.task_type)
     injection = inject(skeleton, config, task, rebuild=lambda: build_skeleton(layout))
     verdict = judge(injection, names)
+    refused = (*contradictions, *injection.refused, *verdict.refused)
+    if not refused:
+        wanted = [layer.module for layer in injection.layers]
+        check_reload(injection.adapter_config, injection.modules, wanted)
     return Targets(
         model_class=skeleton.model_class,
         names_from=skeleton.names_from,
         matrices=verdict.matrices,
         carried=verdict.carried,
         adapter_config=injection.adapter_config,
-        refused=(*contradictions, *injection.refused, *verdict.refused),
+        refused=refused,
     )

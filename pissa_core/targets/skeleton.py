@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
@@ -56,9 +58,8 @@ def build_skeleton(layout: Layout) -> Skeleton:
     known = _known_class(layout, named)
     if known is None:
         return Skeleton(build_from_keys(layout, named), named, "checkpoint keys")
-    model_class, config_class = known
-    config = _read_config(config_class, layout)
-    return Skeleton(_build(model_class, config), model_class.__name__, "transformers")
+    model = _build(known, _read_config(layout))
+    return Skeleton(model, known.__name__, "transformers")
 
 
 def _named_class(config: Mapping[str, Any]) -> str | None:
@@ -68,10 +69,8 @@ def _named_class(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _known_class(
-    layout: Layout, named: str | None
-) -> tuple[type[PreTrainedModel], type[PretrainedConfig]] | None:
-    """Return model and config class, if transformers has both; never a checkpoint's own code."""
+def _known_class(layout: Layout, named: str | None) -> type[PreTrainedModel] | None:
+    """Return the model's class if transformers has it; never a checkpoint's own code."""
     model_type = layout.config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
@@ -80,7 +79,7 @@ def _known_class(
     model_class = getattr(transformers, named, None) if named and named.isidentifier() else None
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         return None
-    return model_class, CONFIG_MAPPING[model_type]
+    return model_class
 
 
 def _class_by_keys(layout: Layout, model_type: str) -> str | None:
@@ -98,18 +97,25 @@ def _class_by_keys(layout: Layout, model_type: str) -> str | None:
     return None
 
 
-def _read_config(config_class: type[PretrainedConfig], layout: Layout) -> PretrainedConfig:
-    content = copy.deepcopy(dict(layout.config))
-    # A repo id left here by the author would have PEFT ask the Hub about it.
-    content.pop("_name_or_path", None)
-    try:
-        config = config_class.from_dict(content)
-    except Exception as error:
-        raise UnsupportedArchitecture(
-            f"config.json is not a config of model type {config_class.model_type!r}: {error}"
-        ) from error
+def _read_config(layout: Layout) -> PretrainedConfig:
+    """Read config.json as `from_pretrained` does, which knows more spellings than `from_dict`."""
+    with tempfile.TemporaryDirectory(prefix="pissa-config-") as folder, quiet():
+        (Path(folder) / "config.json").write_text(json.dumps(dict(layout.config)))
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:
+            model_type = layout.config["model_type"]
+            raise UnsupportedArchitecture(
+                f"config.json is not a config of model type {model_type!r}: {_one_line(error)}"
+            ) from error
+    # A name left here by the author would have PEFT look the model up on the Hub.
+    config._name_or_path = ""
     _check_depth(config, len(layout.tensors))
     return config
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _check_depth(config: PretrainedConfig, tensors: int) -> None:
@@ -140,7 +146,7 @@ def _build(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreT
     except Exception as error:
         raise UnsupportedArchitecture(
             f"{model_class.__name__} cannot be built from config.json: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {_one_line(error)}"
         ) from error
 
 
