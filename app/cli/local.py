@@ -34,6 +34,7 @@ from pissa_core.events import (
 )
 from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref, resolve_local
 from pissa_core.spec import PissaConfig, parse_config
+from worker.processes import peak_memory_bytes
 
 if TYPE_CHECKING:
     from pissa_core.plan import Plan
@@ -280,23 +281,6 @@ class Follower:
         self.pace.add(0 if event.resumed else max(event.nbytes - self._in_shard, 0))
         self._sealed += event.nbytes
         self._in_shard = self._matrices_in_shard = 0
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory this process has held at once.
-
-    Not `getrusage`: Linux hands its peak on through fork and exec, so that a small program
-    started by a large one would report the large one's.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

@@ -53,6 +53,17 @@ class Workers:
         """End all: SIGTERM, and SIGKILL for what does not end within `STOP_S`."""
         self._stopping.set()
         self._thread.join()
+
+    def _watch(self) -> None:
+        # One thread starts, tends and ends the workers: Linux tells a child that its parent has
+        # died when the *thread* that made it ends.
+        while not self._stopping.is_set():
+            for place in self._places:
+                self._tend(place)
+            self._stopping.wait(POLL_S)
+        self._end_all()
+
+    def _end_all(self) -> None:
         running = [place.process for place in self._places if place.process is not None]
         for process in running:
             process.terminate()
@@ -63,14 +74,6 @@ class Workers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-    def _watch(self) -> None:
-        # Every worker is started by this one thread, which lives as long as the process does:
-        # Linux tells a child that its parent is gone when the *thread* that made it ends.
-        while not self._stopping.is_set():
-            for place in self._places:
-                self._tend(place)
-            self._stopping.wait(POLL_S)
 
     def _tend(self, place: _Place) -> None:
         now = time.monotonic()
