@@ -122,6 +122,10 @@ class RangeNotSatisfiable(HttpError):
     code = "range_not_satisfiable"
     status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
 
+    def __init__(self, message: str, *, hint: str | None = None, size: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.size = size
+
 
 class TooManyRequests(HttpError):
     """More at once than the service carries."""
@@ -184,6 +188,8 @@ def _headers(error: PissaError, status: HTTPStatus) -> dict[str, str]:
     elif status == HTTPStatus.UNAUTHORIZED:
         # RFC 9110 wants a challenge with every 401; this one says that the Hub is meant.
         headers["WWW-Authenticate"] = 'X-Hub-Token realm="hub"'
+    if isinstance(error, RangeNotSatisfiable) and error.size is not None:
+        headers["Content-Range"] = f"bytes */{error.size}"
     if status in _TRY_AGAIN:
         headers["Retry-After"] = str(RETRY_AFTER_S)
     return headers

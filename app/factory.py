@@ -5,6 +5,7 @@ from __future__ import annotations
 from anyio import CapacityLimiter
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.types import Lifespan
 
 from app import openapi
 from app.auth import ApiKeys
@@ -31,8 +32,21 @@ _TAGS = [
 ]
 
 
-def create_app(settings: Settings, store: JobStore) -> FastAPI:
-    """Return the API over a job store; it keeps no state of its own."""
+def create_app(
+    settings: Settings,
+    store: JobStore | None = None,
+    *,
+    lifespan: Lifespan[FastAPI] | None = None,
+    plan_timeout_s: float = plans.PLAN_TIMEOUT_S,
+) -> FastAPI:
+    """Return the API over a job store; it keeps no state of its own.
+
+    Args:
+        settings: the operator's.
+        store: an open store; None where `lifespan` puts one into ``app.state.store``.
+        lifespan: what opens and closes with the server.
+        plan_timeout_s: how long a request for a plan waits.
+    """
     app = FastAPI(
         title="PiSSA service",
         summary="Convert checkpoints to PiSSA, shard by shard, as a service.",
@@ -43,10 +57,12 @@ def create_app(settings: Settings, store: JobStore) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         middleware=[Middleware(Guard)],
+        lifespan=lifespan,
     )
     app.state.settings = settings
     app.state.store = store
     app.state.api_keys = ApiKeys(settings.api_keys)
+    app.state.plan_timeout_s = plan_timeout_s
     app.state.plan_limiter = CapacityLimiter(plans.MAX_WAITING)
     add_error_handlers(app)
     for module in (jobs, events, results, plans, operations, pages):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from app.openapi import answer, problems
 from app.routes.deps import OwnJob, Store
 from app.schemas import EVENT_EXAMPLE, EventList
 from worker.contract import Job, JobEvent
+from worker.errors import StoreUnavailable
 from worker.store import JobStore
 
 PING_S = 15
@@ -20,6 +22,7 @@ EVENT_STREAM = "text/event-stream"
 _CURSOR = r"^(\d{1,20}(-\d{1,20})?)?$"
 _STREAMED = f"id: {EVENT_EXAMPLE['id']}\r\nevent: {EVENT_EXAMPLE['type']}\r\ndata: {{…}}\r\n\r\n"
 
+logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 _ok = answer("A page, or a stream", {"events": [EVENT_EXAMPLE], "next": None})
@@ -75,8 +78,12 @@ async def _any_left(store: JobStore, job: Job, after: str) -> bool:
 async def _stream(
     store: JobStore, job_id: str, after: str | None
 ) -> AsyncIterator[ServerSentEvent]:
-    async for event in store.follow(job_id, after=after):
-        yield _as_sent(event)
+    try:
+        async for event in store.follow(job_id, after=after):
+            yield _as_sent(event)
+    except StoreUnavailable:
+        # The client comes back with the last id it saw, and is told 503 then.
+        logger.warning("the events of %s end early: the store is away", job_id)
 
 
 def _as_sent(event: JobEvent) -> ServerSentEvent:

@@ -44,7 +44,8 @@ async def make_plan(
         raise TooManyRequests(
             f"{MAX_WAITING} plans are being waited for already", hint="ask again in a few seconds"
         )
+    timeout_s: float = request.app.state.plan_timeout_s
     plan_id = await run_in_threadpool(store.request_plan, body.request, hub_token=hub_token)
     return await to_thread.run_sync(
-        lambda: store.plan_result(plan_id, timeout_s=PLAN_TIMEOUT_S), limiter=waiting
+        lambda: store.plan_result(plan_id, timeout_s=timeout_s), limiter=waiting
     )

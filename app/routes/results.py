@@ -178,5 +178,7 @@ def one_range(header: str, size: int) -> tuple[int, int] | None:
     start = int(first) if first else max(size - int(last), 0)
     stop = min(int(last) + 1, size) if first and last else size
     if start >= size or not (first or int(last)):
-        raise RangeNotSatisfiable(f"the range {header!r} begins behind the file's {size} bytes")
+        raise RangeNotSatisfiable(
+            f"the range {header!r} begins behind the file's {size} bytes", size=size
+        )
     return start, stop

