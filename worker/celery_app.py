@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from celery import Celery
-from kombu import Queue as KombuQueue
 
 KEY_PREFIX = "pissa:celery:"
 
@@ -40,11 +39,6 @@ def make_app(url: str) -> Celery:
         imports=("worker.tasks",),
     )
     return app
-
-
-def kombu_queues(names: tuple[str, ...]) -> list[KombuQueue]:
-    """Return the queues a node consumes."""
-    return [KombuQueue(name) for name in names]
 
 
 def broker_url(url: str) -> str:

@@ -197,7 +197,8 @@ class JobStore:
         entries = self.connection.call("workers")["workers"] or []
         leases = self.connection.call("leases")["leases"] or []
         busy = {lease["worker"] for lease in leases}
-        return [_worker(entry, busy) for entry in entries]
+        latest_ms = 1000 * self._settings.lease_s
+        return [_worker(entry, busy) for entry in entries if entry["ago_ms"] <= latest_ms]
 
     def counts(self) -> dict[Status, int]:
         """Return how many jobs there are in each state."""

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from types import TracebackType
 from typing import Any
 
-from pissa_core.errors import NoSuitableWorker, PissaError, WorkerLost
+from pissa_core.errors import NoSuitableWorker, OutOfMemory, PissaError, WorkerLost
 from worker.errors import PlanTimeout, StoreUnavailable
 from worker.processes import holder_id, is_dead
 from worker.settings import Settings
@@ -30,6 +30,7 @@ class Reaper:
         """Prepare; `round` may also be called by itself."""
         self._connection = connection
         self._settings = settings
+        self._seen_dead: frozenset[str] = frozenset()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
 
@@ -69,14 +70,36 @@ class Reaper:
         self._send_again(served)
         return True
 
-    def _take_back_leases(self) -> None:
-        for lease in self._connection.call("leases")["leases"] or ():
-            dead = is_dead(lease["holder"])
-            if dead or lease["expired"]:
-                self.take_back(lease, _worker_lost(lease, dead=dead), dead=dead)
+    def take_back_from_dead(self, *, out_of_memory: bool) -> None:
+        """Take back what dead processes of this machine held, by who knows how they died."""
+        for lease in self._leases():
+            if is_dead(lease["holder"]):
+                error = _ran_out(lease) if out_of_memory else _worker_lost(lease, how="died")
+                self._take_back(lease, error, dead=True)
 
-    def take_back(self, lease: dict[str, Any], error: PissaError, *, dead: bool) -> None:
-        """Take a task from a worker that died (`dead`) or whose lease has run out."""
+    def hand_back(self, worker: str) -> None:
+        """Give back, unharmed, what a worker held that was asked to stop and has."""
+        for lease in self._leases():
+            if lease["worker"] == worker:
+                names = {name: lease[name] for name in ("id", "task", "token", "worker")}
+                self._connection.call("release", **names)
+
+    def _take_back_leases(self) -> None:
+        dead = set()
+        for lease in self._leases():
+            if lease["expired"]:
+                self._take_back(lease, _worker_lost(lease, how="fell silent"), dead=False)
+            elif is_dead(lease["holder"]):
+                dead.add(lease["token"])
+                # The node above the dead process knows how it died, and has one round to say so.
+                if lease["token"] in self._seen_dead:
+                    self._take_back(lease, _worker_lost(lease, how="died"), dead=True)
+        self._seen_dead = frozenset(dead)
+
+    def _leases(self) -> list[dict[str, Any]]:
+        return self._connection.call("leases")["leases"] or []
+
+    def _take_back(self, lease: dict[str, Any], error: PissaError, *, dead: bool) -> None:
         logger.warning("%s %s is taken back: %s", lease["id"], lease["task"], error.message)
         self._connection.call(
             "lose",
@@ -93,9 +116,10 @@ class Reaper:
         """Forget silent workers; tell each queue how many messages may wait in it."""
         served: list[str] = []
         for entry in self._connection.call("workers")["workers"] or ():
-            if entry["ago_ms"] > _FORGET_WORKER_AFTER * 1000 * self._settings.lease_s:
+            silent_s = entry["ago_ms"] / 1000
+            if silent_s > _FORGET_WORKER_AFTER * self._settings.lease_s:
                 self._connection.call("leave", name=entry["name"])
-            else:
+            elif silent_s <= self._settings.lease_s:
                 served += json.loads(entry["record"])["queues"]
         windows = {queue: served.count(queue) + 1 for queue in served}
         if windows:
@@ -144,8 +168,14 @@ class Reaper:
                 logger.exception("a round failed")
 
 
-def _worker_lost(lease: dict[str, Any], *, dead: bool) -> WorkerLost:
-    how = "died" if dead else "fell silent"
+def _ran_out(lease: dict[str, Any]) -> OutOfMemory:
+    return OutOfMemory(
+        f"the system killed the worker {lease['worker']} for want of memory at {lease['task']}",
+        hint="use fewer slots, or a machine with more memory",
+    )
+
+
+def _worker_lost(lease: dict[str, Any], *, how: str) -> WorkerLost:
     return WorkerLost(
         f"the worker {lease['worker']} {how} while it was at {lease['task']}",
         hint="if this happens again the machine may be short of memory; see the worker's log",

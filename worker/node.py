@@ -1,0 +1,129 @@
+"""One of the two Celery nodes of a worker: ``python -m worker.node``, started by `worker.main`.
+
+The planner consumes the plan queues and is the only process that imports transformers; the
+compute node consumes the work queues. Apart, a plan never waits behind a shard, and the memory
+of a conversion does not hold the libraries it has no use for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from celery import Celery, signals
+from celery.exceptions import WorkerLostError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from worker.celery_app import make_app
+from worker.connect import connect
+from worker.errors import StoreUnavailable
+from worker.logs import configure_logging
+from worker.processes import die_with_parent, oom_kills
+from worker.settings import Settings
+from worker.store.reaper import Reaper
+
+Role = Literal["planner", "compute"]
+_PRELOADED: dict[str, tuple[str, ...]] = {
+    "compute": ("pissa_core.engine",),
+    "planner": ("pissa_core.engine", "transformers", "peft"),
+}
+logger = logging.getLogger(__name__)
+
+
+class Node(BaseSettings):
+    """What a node is told by the process that starts it, as ``PISSA_NODE_<NAME>``."""
+
+    model_config = SettingsConfigDict(env_prefix="PISSA_NODE_", frozen=True, extra="ignore")
+
+    role: Role
+    worker: str
+    device: str = "auto"
+    slots: int | None = None
+    queues: str
+    parent: int
+
+    def as_env(self) -> dict[str, str]:
+        """Return the variables that a child reads."""
+        values = self.model_dump(exclude_none=True)
+        return {f"PISSA_NODE_{name.upper()}": str(value) for name, value in values.items()}
+
+
+def main() -> None:
+    """Consume until SIGTERM, then finish what runs."""
+    die_with_parent()
+    node, settings = Node(), Settings.from_env()
+    if os.getppid() != node.parent:
+        sys.exit("the worker that started this node has gone")
+    configure_logging(f"{node.role} of {node.worker}")
+    app = make_app(_url(settings))
+    app.conf.worker_pool_start_method = start_method(node)
+    if app.conf.worker_pool_start_method == "fork":
+        # Loaded before the fork, so that a child that has to be replaced is there at once.
+        for module in _PRELOADED[node.role]:
+            importlib.import_module(module)
+    _watch_children(settings)
+    sys.exit(_consume(app, node))
+
+
+def start_method(node: Node) -> str:
+    """Choose how children start: CUDA does not survive a fork."""
+    if node.role == "planner" or node.device == "cpu":
+        return "fork"
+    gpu = node.device.startswith("cuda") or Path("/dev/nvidiactl").exists()
+    return "spawn" if gpu else "fork"
+
+
+def _consume(app: Celery, node: Node) -> int:
+    controller = app.Worker(
+        hostname=f"{node.role}.{node.worker}",
+        queues=node.queues.split(","),
+        pool="prefork",
+        concurrency=1,
+        loglevel="INFO",
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    controller.start()
+    return int(controller.exitcode or 0)
+
+
+def _watch_children(settings: Settings) -> None:
+    """Take back at once what a child held when it died, instead of when its lease runs out."""
+    signals.setup_logging.connect(_keep_logging, weak=False)
+    connection = connect(settings)
+    reaper = Reaper(connection, settings)
+    kills = oom_kills()
+
+    def on_failure(exception: BaseException | None = None, **_: Any) -> None:
+        nonlocal kills
+        if not isinstance(exception, WorkerLostError):
+            return
+        before, kills = kills, oom_kills()
+        try:
+            reaper.take_back_from_dead(out_of_memory=kills > before)
+        except StoreUnavailable:
+            logger.warning("the store is away; the reaper will take back what the child held")
+
+    signals.task_failure.connect(on_failure, weak=False)
+
+
+def _keep_logging(**_: Any) -> None:
+    """Having a receiver, Celery leaves the logging as it is."""
+
+
+def _url(settings: Settings) -> str:
+    if settings.redis_url is None:
+        sys.exit("PISSA_REDIS_URL is not set")
+    return settings.redis_url
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started us
+    main()

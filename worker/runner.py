@@ -1,0 +1,86 @@
+"""Carries out one task: claims it, holds it, does its step, and settles how it ended."""
+
+from __future__ import annotations
+
+import logging
+
+import structlog
+
+from pissa_core.errors import OutOfMemory, PissaError
+from worker.errors import StoreUnavailable
+from worker.holding import Hold, Stopped
+from worker.processes import holder_id, reset_peak_memory
+from worker.steps import STEPS
+from worker.store.tasks import Claim, LeaseLost, is_restart
+from worker.wiring import Context
+
+logger = logging.getLogger(__name__)
+
+
+def carry_out(context: Context, job_id: str, task: str) -> None:
+    """Do one task, if it is still to be done and nobody else does it.
+
+    Never raises for what goes wrong with the job: that is the job's to tell. A message that
+    comes twice, or late, finds the task done or held and does nothing.
+    """
+    claim = context.tasks.claim(job_id, task, holder=holder_id())
+    if claim is None:
+        logger.info("%s %s is not to be done here", job_id, task)
+        return
+    reset_peak_memory()
+    with structlog.contextvars.bound_contextvars(job_id=job_id, task=task):
+        logger.info("attempt %d begins", claim.attempts)
+        try:
+            _work(context, claim)
+        except LeaseLost:
+            logger.warning("the lease is lost; another goes on, or the job is over")
+        except StoreUnavailable:
+            # The lease runs out, and the task is found again by whoever sees the store.
+            logger.error("the store stayed away; the task is left as it is")
+
+
+def _work(context: Context, claim: Claim) -> None:
+    try:
+        with Hold(context.tasks, claim, context.settings) as hold:
+            STEPS[claim.task.partition(":")[0]](context, claim, hold)
+    except (LeaseLost, StoreUnavailable):
+        raise
+    except Stopped as stopped:
+        logger.info("the task is left: %s", stopped)
+        context.tasks.release(claim)
+    except PissaError as error:
+        _settle(context, claim, error)
+    except MemoryError as error:
+        logger.exception("memory ran out")
+        _settle(context, claim, _out_of_memory(claim, error))
+    except Exception:
+        # Somebody else's fault, and the user's text must hold nothing of it: the log has it all.
+        logger.exception("an error that nobody foresaw")
+        _settle(context, claim, _internal(claim))
+
+
+def _settle(context: Context, claim: Claim, error: PissaError) -> None:
+    """Retry what may be mended by waiting, fail the job for anything else."""
+    from pissa_core.engine import is_hopeless
+
+    logger.warning("[%s] %s", error.code, error.message)
+    if claim.task != "plan" and is_restart(error):
+        context.tasks.retry(claim, error, restart=True)
+    elif claim.task != "plan" and error.retryable:
+        context.tasks.retry(claim, error, restart=False)
+    else:
+        context.tasks.fail(claim, error, discard=is_hopeless(error))
+
+
+def _internal(claim: Claim) -> PissaError:
+    return PissaError(
+        f"something went wrong inside the worker while it was at {claim.task}",
+        hint=f"the worker's log tells more under {claim.job_id}",
+    )
+
+
+def _out_of_memory(claim: Claim, error: MemoryError) -> OutOfMemory:
+    return OutOfMemory(
+        f"memory ran out while the worker was at {claim.task}",
+        hint="use fewer slots, or a machine with more memory",
+    )
