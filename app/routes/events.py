@@ -19,14 +19,19 @@ from worker.store import JobStore
 
 PING_S = 15
 EVENT_STREAM = "text/event-stream"
-_CURSOR = r"^(\d{1,20}(-\d{1,20})?)?$"
+_CURSOR = r"^([0-9]{1,18}(-[0-9]{1,18})?)?$"
 _STREAMED = f"id: {EVENT_EXAMPLE['id']}\r\nevent: {EVENT_EXAMPLE['type']}\r\ndata: {{…}}\r\n\r\n"
 
 logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 _ok = answer("A page, or a stream", {"events": [EVENT_EXAMPLE], "next": None})
-_ok["content"][EVENT_STREAM] = {"schema": {"type": "string"}, "example": _STREAMED}
+_text = {"type": "string"}
+_ok["content"][EVENT_STREAM] = {
+    # Of one event, as its lines name them; `data` is the event as JSON.
+    "schema": {"type": "object", "properties": {"id": _text, "event": _text, "data": _text}},
+    "example": _STREAMED,
+}
 
 
 @router.get(

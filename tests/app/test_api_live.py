@@ -111,9 +111,20 @@ def test_events_come_as_json_in_pages(home, worker, settings):
     assert whole["events"] == together
 
 
-def test_a_bad_cursor_is_refused(home):
+def test_a_quiet_job_is_followed_patiently(home, worker):
     job_id = submit(home)
-    answer = httpx2.get(f"{home}/v1/jobs/{job_id}/events", params={"after": "yesterday"})
+    # Longer than a client of the store waits for an answer unless told otherwise.
+    late = threading.Timer(6, worker.fail, (job_id, RepoNotFound("there is no such repo")))
+    late.start()
+    _, seen = stream(home, job_id)
+    late.join()
+    assert seen[-1]["event"] == "failed"
+
+
+@pytest.mark.parametrize("cursor", ["yesterday", "9" * 20, "1-2-3", "-1", "٣"])
+def test_a_bad_cursor_is_refused(home, cursor):
+    job_id = submit(home)
+    answer = httpx2.get(f"{home}/v1/jobs/{job_id}/events", params={"after": cursor})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
 
 

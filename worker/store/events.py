@@ -61,7 +61,11 @@ class Events:
             StoreUnavailable: if the store goes away; the last id seen goes on from there.
         """
         client = redis.asyncio.Redis.from_url(
-            self._connection.url, decode_responses=True, socket_connect_timeout=5.0
+            self._connection.url,
+            decode_responses=True,
+            socket_connect_timeout=5.0,
+            # The client's own default is shorter than a quiet job keeps us waiting.
+            socket_timeout=2 * _BLOCK_MS / 1000,
         )
         try:
             async for event in _follow(client, stream_of(job_id), after or "0-0"):
