@@ -182,7 +182,7 @@ def test_a_convolution_is_refused_by_name(tmp_path):
         patch_size=4,
     )
     transformers.ViTModel(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(PissaError, match="projection.*Conv2d") as caught:
+    with pytest.raises(PissaError, match=r"projection.*Conv2d") as caught:
         convert_to(tmp_path / "model", tmp_path / "out", {"target_modules": ["projection"]})
     assert caught.value.code == "unsupported_module"
 

@@ -114,7 +114,7 @@ def test_what_was_finished_is_not_done_again(model, tmp_path):
         time.sleep(0.001)
     if journal.exists():
         seen = journal.read_text()
-    out, err = process.communicate()
+    _out, err = process.communicate()
     assert process.returncode == 0, err
     begun_twice = [
         line for line in finished if seen.count(json.dumps({"begin": json.loads(line)["done"]})) > 1
