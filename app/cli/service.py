@@ -61,7 +61,23 @@ def worker(*, device: str, slots: int | None) -> None:
     from worker.main import run_worker
 
     settings = read_settings(None)
-    run_worker(settings, device=device, slots=slots)
+    connected = settings.model_copy(update={"redis_url": store_url(settings)})
+    run_worker(connected, device=device, slots=slots)
+
+
+def store_url(settings: Settings) -> str:
+    """Return the store's address: PISSA_REDIS_URL, or the one `serve` runs on the data folder."""
+    if settings.redis_url is not None:
+        return settings.redis_url
+    from worker.embedded import answers, socket_path
+
+    url = f"unix://{socket_path(settings.data_dir)}"
+    if not answers(url):
+        raise InvalidRequest(
+            f"PISSA_REDIS_URL is not set, and no `pissa serve` runs on {settings.data_dir}",
+            hint="point PISSA_REDIS_URL at the service's store, or PISSA_DATA_DIR at its folder",
+        )
+    return url
 
 
 def read_settings(data_dir: Path | None) -> Settings:

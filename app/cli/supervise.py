@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,19 @@ FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 30.0
 STEADY_S = 60.0
 """A worker that lived this long died of something new: it is restarted without delay."""
+
+
+# A bare interpreter sets the death signal and becomes the worker: so no code of ours runs between
+# fork and exec, and there is no moment at which the death of `serve` would go unnoticed.
+_LEASH = """
+import ctypes, os, signal, sys
+parent, *command = sys.argv[1:]
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, int(signal.SIGTERM), 0, 0, 0)
+if os.getppid() != int(parent):
+    sys.exit(1)
+os.execv(command[0], command)
+"""
 
 
 @dataclass(slots=True)
@@ -84,8 +98,12 @@ class Workers:
             self._mourn(place, status, now)
         if now >= place.due:
             # A process group of its own: Ctrl-C is for serve, which then ends the workers.
+            leash = [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid())]
             place.process = subprocess.Popen(
-                place.command, env=self._environment, stdin=subprocess.DEVNULL, process_group=0
+                [*leash, *place.command],
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                process_group=0,
             )
             place.started = now
 

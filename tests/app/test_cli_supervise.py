@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -84,3 +85,17 @@ def test_one_that_ignores_sigterm_is_killed(
     with Workers([command(STUBBORN, file)], os.environ):
         wait_for(lambda: bool(pids(file)))
     assert not psutil.pid_exists(pids(file)[0])
+
+
+def test_they_end_with_us_however_we_end(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    code = (
+        "import os, sys, time\n"
+        "from app.cli.supervise import Workers\n"
+        f"with Workers([{command(SLEEPS, file)!r}], os.environ):\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        wait_for(lambda: bool(pids(file)))
+        parent.kill()
+    wait_for(lambda: not psutil.pid_exists(pids(file)[0]))
