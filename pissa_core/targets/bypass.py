@@ -16,13 +16,21 @@ from typing import cast
 
 from torch import nn
 
+from pissa_core.targets.checkpoint_tree import Bare
+
 _METADATA = r"dtype|device|shape|size|ndim|dim|numel|is_meta|requires_grad|_is_\w+"
+_FUSED_IN_KERNELS = ("x_proj", "dt_proj", "out_proj")
+"""What the fused kernels of state-space layers take as bare weights."""
 
 
 def uses_bare_weight(parent: nn.Module, child: str) -> bool:
     """Whether `parent` reads ``self.<child>.weight`` for more than its dtype, device or shape."""
     if isinstance(parent, nn.MultiheadAttention):
         return True
+    if isinstance(parent, Bare):
+        # Of custom code only the parameters are known; these two tell the same kinds of module.
+        attention = parent.holds("in_proj_weight") and child == "out_proj"
+        return attention or (parent.holds("A_log") and child in _FUSED_IN_KERNELS)
     if getattr(parent, "slow_but_exact", None) is False:
         return False  # Bloom reads bare weights only if its config asks for that.
     use = re.compile(

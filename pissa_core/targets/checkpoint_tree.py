@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from pissa_core.errors import UnsupportedArchitecture
 
@@ -26,6 +27,10 @@ _ROUTER = re.compile(r"^(gate|router)$")
 
 class Bare(nn.Module):
     """A module of unknown kind that holds parameters; PEFT adapts no such module."""
+
+    def holds(self, parameter: str) -> bool:
+        """Whether a parameter of this name is registered here."""
+        return parameter in self._parameters
 
 
 class CheckpointTree(PreTrainedModel):  # type: ignore[misc]
@@ -45,8 +50,10 @@ class CheckpointTree(PreTrainedModel):  # type: ignore[misc]
         """Return the head over the vocabulary, which "all-linear" leaves out."""
         for name, module in self.named_modules():
             leaf = name.rpartition(".")[2]
-            if isinstance(module, nn.Linear) and leaf in _OUTPUT_EMBEDDINGS and _is_shallow(name):
-                return module
+            if isinstance(module, nn.Linear) and _is_shallow(name):
+                over_vocabulary = module.out_features == self.config.vocab_size
+                if leaf in _OUTPUT_EMBEDDINGS or over_vocabulary:
+                    return module
         return None
 
 
@@ -60,9 +67,10 @@ def build_from_keys(layout: Layout, named: str | None) -> PreTrainedModel:
     _refuse_transposed(tensors, named)
     # Custom code ties by default, so only an explicit false says that the head is free.
     tied = layout.config.get("tie_word_embeddings") is not False
-    config = PretrainedConfig(tie_word_embeddings=tied)
+    vocabulary = layout.config.get("vocab_size")
+    config = PretrainedConfig(tie_word_embeddings=tied, vocab_size=vocabulary)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             return CheckpointTree(config, tensors.values())
     except KeyError as error:
         raise UnsupportedArchitecture(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,16 @@ from pissa_core.targets.tasks import HEADS
 
 PREFIX = "base_model.model."
 _ADAPTER = "default"
+_WORTH_SAYING = re.compile(
+    r"You have passed exclude_modules=|The following (rank|alpha)_pattern keys did not match"
+)
+_SETTLED = re.compile(
+    r"fan_in_fan_out is set to|Model has `tie_word_embeddings=True`|Setting `save_embedding_layers`"
+    r"|target_modules=.* were set but no module was matched"
+    # PEFT's own affair with transformers.
+    r"|`is_gradient_checkpointing` is deprecated"
+)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +157,15 @@ def _excluding(excluded: str | list[str] | None, more: list[str]) -> str | list[
 
 @contextlib.contextmanager
 def _peft_remarks() -> Iterator[None]:
-    """Silence what PEFT warns of: the plan says or refuses it, or it is PEFT's own affair."""
-    with warnings.catch_warnings():
-        for message in (
-            r"fan_in_fan_out is set to",
-            r"Model has `tie_word_embeddings=True`",
-            r"You have passed exclude_modules=",
-            r"The following (rank|alpha)_pattern keys did not match",
-            r"target_modules=.* were set but no module was matched",
-            r"Setting `save_embedding_layers`",
-            r"`is_gradient_checkpointing` is deprecated",
-        ):
-            warnings.filterwarnings("ignore", message)
+    """Sort PEFT's warnings: drop what the plan settles, log what the user should know."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         yield
+    for remark in caught:
+        if _WORTH_SAYING.match(str(remark.message)):
+            _log.warning("%s", remark.message)
+        elif not _SETTLED.match(str(remark.message)):
+            warnings.warn_explicit(remark.message, remark.category, remark.filename, remark.lineno)
 
 
 def _read_back(

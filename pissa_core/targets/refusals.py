@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pissa_core.plan import CarriedTensor, Matrix, Refusal
 from pissa_core.targets.bypass import uses_bare_weight
+from pissa_core.targets.checkpoint_tree import Bare
 from pissa_core.targets.injection import Injected, Injection
 from pissa_core.targets.naming import Names, Stored
 
@@ -103,9 +104,15 @@ def _bypassed(layer: Injected, _: Names) -> _Objection | None:
     if not uses_bare_weight(layer.parent, child):
         return None
     return "unsupported_module", (
-        f"{type(layer.parent).__name__} multiplies by its bare weight ({child}.weight) without "
-        "calling it, so the adapter would be passed by and the residual used alone"
+        f"{_owner(layer)} multiplies by its bare weight ({child}.weight) without calling it, so "
+        "the adapter would be passed by and the residual used alone"
     )
+
+
+def _owner(layer: Injected) -> str:
+    if isinstance(layer.parent, Bare):
+        return f"a module like {layer.module.rpartition('.')[0]}"
+    return type(layer.parent).__name__
 
 
 def _not_one_tensor(layer: Injected, names: Names) -> _Objection | None:

@@ -289,3 +289,18 @@ def test_matrices_are_those_of_the_checkpoint_s_own_keys(tmp_path: Path) -> None
 
     assert (first.module, first.tensor) == ("transformer.h.0.attn.c_attn", "h.0.attn.c_attn.weight")
     assert (first.shape, first.out_features, first.in_features) == ((32, 96), 96, 32)
+
+
+@pytest.mark.parametrize(
+    ("config", "remark"),
+    [
+        ({"rank_pattern": {"c_attn": 2}}, "rank_pattern keys did not match any targeted module"),
+        ({"exclude_modules": ["c_attn"]}, "no modules were excluded"),
+    ],
+)
+def test_a_setting_without_effect_is_logged(
+    config: dict[str, Any], remark: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    resolve(save_model("llama", tmp_path), **config)
+
+    assert remark in caplog.text

@@ -120,6 +120,37 @@ def test_all_linear_leaves_out_the_head_and_routers(tmp_path: Path) -> None:
     assert (gate.name, gate.code) == ("model.layers.0.mlp.gate", "unsupported_module")
 
 
+@pytest.mark.parametrize(
+    ("telling", "child"), [("in_proj_weight", "out_proj"), ("A_log", "dt_proj")]
+)
+def test_projections_that_such_modules_use_bare_are_refused(
+    telling: str, child: str, tmp_path: Path
+) -> None:
+    folder = as_custom_code(tmp_path, "llama", "OwnForCausalLM", model_type="own")
+    extra = {
+        f"model.layers.0.mixer.{telling}": torch.zeros(96, 32),
+        f"model.layers.0.mixer.{child}.weight": torch.zeros(32, 32),
+    }
+    edit_tensors(folder, lambda tensors: {**tensors, **extra})
+
+    refusal = resolve(folder, target_modules=[child]).refused[0]
+
+    assert (refusal.name, refusal.code) == (f"model.layers.0.mixer.{child}", "unsupported_module")
+    assert "a module like model.layers.0.mixer multiplies by its bare weight" in refusal.reason
+
+
+def test_a_head_over_the_vocabulary_is_known_by_its_size(tmp_path: Path) -> None:
+    folder = as_custom_code(tmp_path, "llama", "OwnForCausalLM", tie_word_embeddings=False)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.replace("lm_head", "decoder_out"): value for name, value in tensors.items()}
+
+    edit_tensors(folder, rename)
+
+    assert not any(matrix.module == "decoder_out" for matrix in resolve(folder).matrices)
+    assert len(resolve(folder, target_modules=["decoder_out"]).matrices) == 1
+
+
 def test_transposed_storage_is_refused(tmp_path: Path) -> None:
     folder = as_custom_code(tmp_path, "gpt2", "OwnForCausalLM", model_type="own")
 
