@@ -48,11 +48,9 @@ def job_manifest(job: OwnJob, store: Store) -> Response:
     },
 )
 def job_files(job: OwnJob, store: Store, settings: ServiceSettings) -> FileList:
-    """List the files of a succeeded job whose result the service can reach.
-
-    409 while there is no result yet; 404 where the result lies on the Hub.
-    """
-    return FileList(files=list(_published(job, store, settings).values()))
+    """List the files of a succeeded job, wherever they lie; 409 while there is no result yet."""
+    folder = _folder(job, settings)
+    return FileList(files=list(_published(job, store, folder).values()))
 
 
 @router.get(
@@ -81,11 +79,17 @@ def job_file(
     if_none_match: Annotated[str | None, Header()] = None,
     range_: Annotated[str | None, Header(alias="Range", examples=["bytes=0-1023"])] = None,
 ) -> Response:
-    """Send a file, or the one range asked for; a Range that is none is ignored, as HTTP has it."""
-    entry = _published(job, store, settings).get(path)
-    file = _inside(_folder(job, settings), path) if entry else None
-    if entry is None or file is None:
+    """Send a file, or the one range asked for; a Range that is none is ignored, as HTTP has it.
+
+    404 also where the result lies on the Hub: it is downloaded from there.
+    """
+    folder = _folder(job, settings)
+    entry = _published(job, store, folder).get(path)
+    if entry is None:
         raise NoSuchRoute(f"the result has no file {path!r}", hint="…/files lists what there is")
+    file = _inside(folder, path)
+    if file is None:
+        raise _not_here(job)
     headers = {"ETag": f'"{entry.sha256}"', "Cache-Control": "private, no-cache"}
     if etag_matches(if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
@@ -105,8 +109,8 @@ router.add_api_route(
 )
 
 
-def _folder(job: Job, settings: Settings) -> FilePath:
-    """Return where the result of a succeeded job lies on this machine's storage."""
+def _folder(job: Job, settings: Settings) -> FilePath | None:
+    """Return where the result of a succeeded job lies; None if not where this process can read."""
     if job.status is not Status.SUCCEEDED:
         raise Conflict(
             f"the job is {job.status.value}; only a succeeded one has files",
@@ -116,17 +120,13 @@ def _folder(job: Job, settings: Settings) -> FilePath:
     if output is None:
         return settings.files_dir / job.id
     reference = parse_ref(output["ref"])
-    if isinstance(reference, LocalRef):
+    if isinstance(reference, LocalRef) and settings.local_root is not None:
         return resolve_local(reference, settings.local_root)
-    raise NoSuchRoute(
-        f"the files of this job lie on the Hub, at {(job.result or {}).get('output') or reference}",
-        hint="download them from there",
-    )
+    return None
 
 
-def _published(job: Job, store: JobStore, settings: Settings) -> dict[str, FileEntry]:
-    """Return what may be downloaded: what the manifest names, and the manifest itself."""
-    folder = _folder(job, settings)
+def _published(job: Job, store: JobStore, folder: FilePath | None) -> dict[str, FileEntry]:
+    """Return what the manifest names, and the manifest itself where it can be read."""
     named: dict[str, Any] = store.manifest(job.id)["files"]
     entries = {path: FileEntry(path=path, **info) for path, info in sorted(named.items())}
     manifest = _inside(folder, MANIFEST)
@@ -138,8 +138,19 @@ def _published(job: Job, store: JobStore, settings: Settings) -> dict[str, FileE
     return entries
 
 
-def _inside(folder: FilePath, path: str) -> FilePath | None:
+def _not_here(job: Job) -> NoSuchRoute:
+    where = (job.result or {}).get("output")
+    return NoSuchRoute(
+        "the file does not lie on the service's storage"
+        + ("" if where is None else f"; the result is at {where}"),
+        hint="download it from there" if where else None,
+    )
+
+
+def _inside(folder: FilePath | None, path: str) -> FilePath | None:
     """Return the regular file at `path` below `folder`, if following symlinks stays below it."""
+    if folder is None:
+        return None
     try:
         root = folder.resolve(strict=True)
         file = (root / path).resolve(strict=True)
@@ -156,8 +167,7 @@ def _settle_range(request: Request, header: str | None, size: int) -> None:
     """
     if header is None:
         return
-    kept = one_range(header, size)
-    if kept is None:
+    if one_range(header, size) is None:
         request.scope["headers"] = [
             (name, value) for name, value in request.scope["headers"] if name != b"range"
         ]

@@ -167,12 +167,22 @@ def test_files_of_a_local_output_are_served_from_there(api, worker, local_root):
     assert answer.content == FILES["config.json"]
 
 
-def test_files_on_the_hub_are_not_ours_to_send(api, worker, tmp_path):
+def test_files_on_the_hub_are_listed_and_not_ours_to_send(api, worker, tmp_path):
     job = api.post("/v1/jobs", json={**BODY, "output": "hf://me/name"}).json()
     worker.complete(job["id"], tmp_path / "elsewhere", FILES)
-    answer = api.get(f"/v1/jobs/{job['id']}/files")
+    listed = api.get(f"/v1/jobs/{job['id']}/files").json()["files"]
+    assert {entry["path"] for entry in listed} == set(FILES)
+    answer = api.get(f"/v1/jobs/{job['id']}/files/config.json")
     assert code_of(answer) == (404, "not_found")
-    assert "Hub" in answer.json()["detail"]
+    assert str(tmp_path / "elsewhere") in answer.json()["detail"]
+
+
+def test_without_the_local_root_its_files_are_out_of_reach(api, make_app, worker, local_root):
+    job = api.post("/v1/jobs", json={**BODY, "output": "./out"}).json()
+    worker.complete(job["id"], local_root / "out", FILES)
+    path = f"/v1/jobs/{job['id']}/files/config.json"
+    assert api.get(path).status_code == 200
+    assert code_of(client_of(make_app(local_root=None)).get(path)) == (404, "not_found")
 
 
 def test_an_unfinished_job_has_no_files(api):
