@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -35,7 +36,7 @@ _STOP_PATIENCE_S = 30.0
 _POLL_S = 0.2
 _FINAL = ("succeeded", "failed", "cancelled")
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 class DemoError(Exception):
@@ -160,7 +161,10 @@ def convert(api: httpx2.Client, model: str, rank: int) -> dict[str, Any]:
                 total=done["total"] or None,
             )
     if job["status"] != "succeeded":
-        raise DemoError(f"the job ended as {job['status']}: {job['error']}")
+        raise DemoError(
+            f"the job ended as {job['status']}: {job['error']}; "
+            f"the service's log is {_FOLDER / 'serve.log'}"
+        )
     return job
 
 
@@ -172,7 +176,10 @@ def report(job: dict[str, Any], model: str) -> None:
     output = (_FOLDER / "data" / "files" / job["id"]).resolve()
     commit = result_commit(output)
     console.print("Loading original and result with transformers and PEFT …")
-    found = compare_outputs(model, commit, output)
+    with warnings.catch_warnings():
+        # Deprecations between transformers and PEFT are no news for who watches a demo.
+        warnings.simplefilter("ignore", FutureWarning)
+        found = compare_outputs(model, commit, output)
     relative = found.largest_difference / found.largest_output
     console.print()
     console.print(f"Largest difference of the outputs   {found.largest_difference:.2e}")
@@ -184,8 +191,8 @@ def report(job: dict[str, Any], model: str) -> None:
     console.print(f"Energy in the adapter               {100 * result['energy']:.1f} %")
     console.print(f"Time of the job                     {result['seconds']:.1f} s")
     console.print(f"Peak memory of the worker           {result['peak_memory_bytes'] / 1e6:.0f} MB")
-    console.print("The result lies in", soft_wrap=True)
-    console.print(f"  {output}", soft_wrap=True)
+    console.print("The result lies in")
+    console.print(f"  {output}")
 
 
 def result_commit(output: Path) -> str | None:

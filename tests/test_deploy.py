@@ -9,6 +9,7 @@ import tomllib
 from itertools import chain
 from pathlib import Path
 
+import httpx2
 import pytest
 import yaml
 
@@ -130,12 +131,28 @@ def test_the_commands_of_workers_exist(service):
         assert not word.startswith("--") or word in done.stdout
 
 
-def test_the_api_of_the_compose_file_is_there():
-    program, target = COMPOSE["services"]["api"]["entrypoint"]
-    assert (BIN / program).is_file()
-    module, name = target.split(":")
-    source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
-    assert re.search(rf"^{name}\b.*=|^def {name}\(", source, re.MULTILINE)
+def test_the_command_of_the_api_serves_and_asks_for_a_key(tmp_path):
+    api = COMPOSE["services"]["api"]
+    command = [BIN / api["entrypoint"][0], *api["entrypoint"][1:], "--port", "0"]
+    environment = os.environ | {"PISSA_API_KEYS": "a-key-of-the-test", "PISSA_DATA_DIR": tmp_path}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        address = next(m[1] for line in process.stderr if (m := re.search(r"(http://\S+)", line)))
+        assert httpx2.get(f"{address}/livez").status_code == 200
+        assert httpx2.get(f"{address}/v1/jobs").status_code == 401
+        key = {"Authorization": "Bearer a-key-of-the-test"}
+        assert httpx2.get(f"{address}/v1/jobs", headers=key).json()["jobs"] == []
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def test_the_healthcheck_of_the_api_asks_a_route_without_a_key():
+    test = COMPOSE["services"]["api"]["healthcheck"]["test"]
+    compile(test[3], "healthcheck", "exec")
+    assert "/livez" in test[3]
 
 
 def test_the_ci_script_is_executable_bash():
