@@ -6,19 +6,16 @@ that into a progress bar, a log line or the state of a job. To stop, stop iterat
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from pissa_core import report
 from pissa_core.adapters.disk import disk_errors
+from pissa_core.assembly import publication
 from pissa_core.errors import (
     CheckpointError,
     DiskTooSmall,
@@ -43,17 +40,12 @@ from pissa_core.events import (
 )
 from pissa_core.plan import Matrix, Plan, ShardPlan
 from pissa_core.planning import make_plan, matrix_bytes
-from pissa_core.ports import CheckpointSink, CheckpointSource, FileInfo, Publication, Seal
+from pissa_core.ports import CheckpointSink, CheckpointSource, Seal
 from pissa_core.runtime import Resolved, Runtime, resolve
 from pissa_core.slots import run_in_slots
 from pissa_core.spec import PissaConfig, parse_config
 from pissa_core.split import matrix_seed, split_principal
-from pissa_core.tensorfile import CHUNK, Header, concatenate, make_header
-from pissa_core.workbench import Workbench, open_workbench, part_entries
-
-MANIFEST = "pissa_manifest.json"
-ADAPTER = "pissa_init/adapter_model.safetensors"
-ADAPTER_CONFIG = "pissa_init/adapter_config.json"
+from pissa_core.workbench import Workbench, open_workbench
 
 
 def convert(
@@ -153,7 +145,7 @@ def publish(
     yield Publishing()
     if sink.published() is None:
         seals = tuple(_seal_of(sink, shard) for shard in plan.shards)
-        sink.publish(_publication(plan, source, sink, seals))
+        sink.publish(publication(plan, source, sink, seals))
     yield Published(sink.ref, json.loads(sink.published() or b"{}"))
     sink.discard()
 
@@ -191,8 +183,7 @@ def _decompose(
             raise
         raise _out_of_memory(matrix, config.svd.method) from error
     row = _row(matrix) | split.certificate.as_row()
-    factors: tuple[Tensor, ...] = split.R.cpu(), split.A.cpu(), split.B.cpu()
-    bench.finish(matrix, *factors, row)
+    bench.finish(matrix, split.R.cpu(), split.A.cpu(), split.B.cpu(), row)
     nbytes = matrix.stop - matrix.start
     return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
 
@@ -206,71 +197,6 @@ def _row(matrix: Matrix) -> dict[str, Any]:
         "rank": matrix.rank,
         "scaling": matrix.scaling,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Closing:
-    """Writes the last files, which state the checksums of all others."""
-
-    plan: Plan
-    rows: tuple[Mapping[str, Any], ...]
-    source: CheckpointSource
-    sink: CheckpointSink
-
-    def __call__(self, files: Mapping[str, FileInfo]) -> dict[str, bytes]:
-        has_card = "README.md" in self.source.files()
-        source_card = self.source.read("README.md").decode(errors="replace") if has_card else None
-        readme = report.card(
-            self.plan,
-            self.rows,
-            base_model_name_or_path=self.sink.base_model_name_or_path,
-            source_card=source_card,
-            revision=self.sink.revision,
-        )
-        listed = {**files, "README.md": _info_of(readme)}
-        return {"README.md": readme, MANIFEST: report.manifest(self.plan, self.rows, listed)}
-
-
-def _publication(
-    plan: Plan, source: CheckpointSource, sink: CheckpointSink, seals: tuple[Seal, ...]
-) -> Publication:
-    rows = tuple(row for seal in seals for row in seal.rows)
-    index = () if plan.index is None else (plan.index,)
-    fixed = {ADAPTER_CONFIG: _adapter_config(plan, sink), **report.pictures(plan, rows)}
-    streams: dict[str, Callable[[], Iterable[bytes]]] = {
-        path: partial(lambda content: [content], content) for path, content in fixed.items()
-    }
-    streams[ADAPTER] = partial(_assemble, plan, sink)
-    return Publication(
-        source=source,
-        shards=seals,
-        copies=(*index, *plan.side_files),
-        streams=streams,
-        closing=_Closing(plan, rows, source, sink),
-        marker=MANIFEST,
-    )
-
-
-def _assemble(plan: Plan, sink: CheckpointSink) -> Iterator[bytes]:
-    """Yield the adapter's one file: a header over all parts, then the parts' bodies in turn."""
-    entries = {shard.path: part_entries(plan, shard) for shard in plan.shards}
-    whole = make_header([entry for part in entries.values() for entry in part])
-    bodies = (_body(sink, path, make_header(part)) for path, part in entries.items())
-    return concatenate(whole, bodies)
-
-
-def _body(sink: CheckpointSink, shard: str, header: Header) -> Iterator[bytes]:
-    for start in range(len(header.encoded), header.file_size, CHUNK):
-        yield sink.read_part(shard, start, min(start + CHUNK, header.file_size))
-
-
-def _adapter_config(plan: Plan, sink: CheckpointSink) -> bytes:
-    content = {
-        **plan.adapter_config,
-        "base_model_name_or_path": sink.base_model_name_or_path,
-        "revision": sink.revision,
-    }
-    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
 
 
 def _seal_of(sink: CheckpointSink, shard: ShardPlan) -> Seal:
@@ -318,8 +244,3 @@ def _out_of_memory(matrix: Matrix, method: str) -> OutOfMemory:
         "bytes",
         hint="use fewer slots or a smaller memory budget, or a machine with more memory",
     )
-
-
-def _info_of(content: bytes) -> FileInfo:
-    """Return size and sha256 of bytes."""
-    return FileInfo(len(content), hashlib.sha256(content).hexdigest())

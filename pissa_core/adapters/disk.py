@@ -146,3 +146,8 @@ def try_lock(path: Path) -> int | None:
         os.close(fd)
         return None
     return fd
+
+
+def identity_of(stat: os.stat_result) -> tuple[int, ...]:
+    """Return what stays the same while nobody writes a file: size, time of change, inode."""
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)

@@ -1,6 +1,6 @@
-"""Local folders as source and sink.
+"""A local folder as a sink: it appears, complete, by one rename.
 
-The sink stages beside the output, on the same disk, so that publishing is one rename::
+Everything is staged beside it, on the same disk::
 
     .NAME.pissa-staging-DIGEST/
       work/<shard>/<token>/      an attempt's scratch: lock, private copy, part, journal
@@ -12,134 +12,25 @@ The sink stages beside the output, on the same disk, so that publishing is one r
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pissa_core.adapters.disk import (
-    create_once,
     disk_errors,
     file_info,
-    private_copy,
+    identity_of,
     sync_folder,
-    try_lock,
     write_stream,
 )
-from pissa_core.errors import (
-    Cancelled,
-    FolderNotFound,
-    NoReadAccess,
-    NoWriteAccess,
-    OutputExists,
-    OutputInsideSource,
-    OutputIsSource,
-    OutsideLocalRoot,
-    ShardTruncated,
-    SourceChanged,
-)
-from pissa_core.ports import (
-    Attempt,
-    ByteRange,
-    CheckpointSource,
-    FileInfo,
-    Publication,
-    Seal,
-)
-from pissa_core.tensorfile import read_into_fd
-
-
-class LocalSource:
-    """A folder, pinned by the sizes and modification times its files have when it is opened."""
-
-    commit = None
-    rereads = True
-
-    def __init__(self, folder: Path, *, root: Path | None = None) -> None:
-        """List `folder`; with `root`, refuse files whose symlinks leave it."""
-        if not folder.is_dir():
-            kind = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise FolderNotFound(
-                f"the folder {folder} {kind}",
-                hint="a model on the Hub is written org/name or hf://org/name",
-            )
-        self._folder = folder
-        self._stats = {path: _identity(folder / path) for path in _walk(folder)}
-        if root is not None:
-            self._refuse_escapes(root.resolve())
-
-    @property
-    def ref(self) -> str:
-        """The folder's absolute path."""
-        return str(self._folder)
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of every file's path, size and modification time."""
-        return hashlib.sha256(repr(sorted(self._stats.items())).encode()).hexdigest()
-
-    def files(self) -> Mapping[str, FileInfo]:
-        """Every file below the folder."""
-        return {path: FileInfo(identity[0]) for path, identity in self._stats.items()}
-
-    def read(self, path: str, start: int = 0, stop: int | None = None) -> bytes:
-        """Return a range of a file."""
-        size = self._stats[path][0]
-        buffer = bytearray(max(0, (size if stop is None else stop) - start))
-        self.read_into(path, start, memoryview(buffer))
-        return bytes(buffer)
-
-    def read_into(self, path: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` from a file."""
-        with self._opened(path) as fd:
-            try:
-                read_into_fd(fd, start, buffer)
-            except EOFError as error:
-                raise ShardTruncated(
-                    f"{path}: bytes {start} to {start + len(buffer)} were wanted and {error}",
-                    hint="download or save the checkpoint again",
-                ) from error
-
-    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
-        """Make a private copy: a reflink where the disk can, else only what lies outside holes."""
-        with self._opened(path) as fd, disk_errors(destination):
-            private_copy(fd, destination, holes)
-
-    def local_root(self) -> Path:
-        """The folder itself."""
-        return self._folder
-
-    @contextmanager
-    def _opened(self, path: str) -> Iterator[int]:
-        try:
-            fd = os.open(self._folder / path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise SourceChanged(f"{path} has gone since {self._folder} was opened") from error
-        except PermissionError as error:
-            raise NoReadAccess(f"{self._folder / path} may not be read") from error
-        try:
-            if _identity_of(os.fstat(fd)) != self._stats[path]:
-                raise SourceChanged(
-                    f"{path} in {self._folder} was changed while it was being read",
-                    hint="run again once nothing writes to the checkpoint any more",
-                )
-            yield fd
-        finally:
-            os.close(fd)
-
-    def _refuse_escapes(self, root: Path) -> None:
-        for path in self._stats:
-            real = Path(os.path.realpath(self._folder / path))
-            if root not in real.parents:
-                raise OutsideLocalRoot(
-                    f"{path} is a symlink that leaves the folder this service may touch",
-                    hint="copy the file to where the symlink is",
-                )
+from pissa_core.adapters.local.scratch import LocalAttempt, adopt, discard_scratch, make_scratch
+from pissa_core.errors import NoWriteAccess, OutputExists, OutputInsideSource, OutputIsSource
+from pissa_core.ports import Attempt, CheckpointSource, FileInfo, Publication, Seal
 
 
 class LocalSink:
@@ -211,9 +102,9 @@ class LocalSink:
         with disk_errors(self._folder):
             work.mkdir(parents=True, exist_ok=True)
             self._sealed(shard).mkdir(parents=True, exist_ok=True)
-            folder, lock = _adopt(work) or _make_scratch(work)
+            folder, lock = adopt(work) or make_scratch(work)
         try:
-            yield _LocalAttempt(folder, self._sealed(shard))
+            yield LocalAttempt(folder, self._sealed(shard))
         finally:
             if not (self._staging / "sealed").is_dir():  # discarded under us: leave nothing
                 shutil.rmtree(folder, ignore_errors=True)
@@ -253,7 +144,7 @@ class LocalSink:
     def discard(self, *, keep_sealed: bool = False) -> None:
         """Remove what is staged, except scratch that a live attempt holds."""
         work = self._staging / "work"
-        held = [_discard_scratch(folder) for folder in sorted(work.glob("*/*"))]
+        held = [discard_scratch(folder) for folder in sorted(work.glob("*/*"))]
         if not any(held):
             shutil.rmtree(work, ignore_errors=True)
         for tree in self._staging.glob("tree-*"):
@@ -275,7 +166,9 @@ class LocalSink:
         # and modification time holds the same bytes; only any other is read again.
         if not path.is_file():
             return False
-        return _identity(path) == tuple(identity) or file_info(path) == FileInfo(size, sha256)
+        return identity_of(path.stat()) == tuple(identity) or file_info(path) == FileInfo(
+            size, sha256
+        )
 
     def _occupied(self) -> bool:
         if self._folder.is_dir():
@@ -331,51 +224,6 @@ class LocalSink:
         sync_folder(self._folder.parent)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _LocalAttempt:
-    folder: Path
-    sealed: Path
-
-    def seal(self, record: Seal, shard: Path, part: Path) -> None:
-        """Move both files under a token of our own, then write the one record that counts."""
-        token = secrets.token_hex(8)
-        folder = self.sealed / token
-        if not self.sealed.is_dir():
-            raise Cancelled(f"the staging area of {record.shard} was discarded meanwhile")
-        with disk_errors(self.sealed):
-            folder.mkdir()
-            shard.rename(folder / "shard")
-            part.rename(folder / "part")
-            sync_folder(folder)
-            text = {
-                "token": token,
-                "shard_identity": _identity(folder / "shard"),
-                "part_identity": _identity(folder / "part"),
-                "seal": dataclasses.asdict(record),
-            }
-            ours = create_once(self.sealed / "seal.json", json.dumps(text).encode())
-        if not ours:
-            shutil.rmtree(folder)
-        shutil.rmtree(self.folder)
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(parent, name)
-            if path.is_file():
-                yield PurePosixPath(path.relative_to(folder)).as_posix()
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    return _identity_of(path.stat())
-
-
-def _identity_of(stat: os.stat_result) -> tuple[int, ...]:
-    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
 def _slug(shard: str) -> str:
     # Shards may lie in subfolders; a digest keeps names flat, short and apart.
     readable = shard.rpartition("/")[2][:80]
@@ -393,62 +241,6 @@ def _allocated(path: Path) -> int:
         return path.lstat().st_blocks * 512
     except FileNotFoundError:  # moved or removed by another attempt while we count
         return 0
-
-
-def _make_scratch(work: Path) -> tuple[Path, int]:
-    """Make a scratch folder that is locked before anybody can see it."""
-    token = secrets.token_hex(8)
-    hidden = work / f".{token}"
-    hidden.mkdir()
-    lock = try_lock(hidden / "lock")
-    if lock is None:
-        raise RuntimeError(f"a fresh lock in {hidden} is already held")
-    return hidden.rename(work / token), lock
-
-
-def _adopt(work: Path) -> tuple[Path, int] | None:
-    """Take over the scratch of a dead attempt; remove what further dead attempts left."""
-    adopted: tuple[Path, int] | None = None
-    for folder in sorted(work.iterdir()):
-        if folder.name.startswith("."):  # being made; `discard` clears those that never were
-            continue
-        lock = _lock_of(folder)
-        if lock is None:
-            continue
-        if adopted is None and (folder / "journal").exists():
-            adopted = folder, lock
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-    return adopted
-
-
-def _lock_of(folder: Path) -> int | None:
-    """Lock a scratch folder; None if it is held, or vanished meanwhile."""
-    try:
-        lock = try_lock(folder / "lock")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    if lock is None:
-        return None
-    try:
-        same = os.fstat(lock).st_ino == (folder / "lock").stat().st_ino
-    except FileNotFoundError:
-        same = False
-    if not same:
-        os.close(lock)
-        return None
-    return lock
-
-
-def _discard_scratch(folder: Path) -> bool:
-    """Remove a dead attempt's scratch; say whether a live one still holds it."""
-    lock = _lock_of(folder)
-    if lock is None:
-        return folder.exists()
-    shutil.rmtree(folder, ignore_errors=True)
-    os.close(lock)
-    return False
 
 
 def _sync_tree(tree: Path) -> None:

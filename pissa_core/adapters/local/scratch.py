@@ -1,0 +1,103 @@
+"""An attempt's scratch folder: made, adopted from the dead, sealed from, discarded.
+
+A lock in the folder tells the dead from the merely stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pissa_core.adapters.disk import create_once, disk_errors, identity_of, sync_folder, try_lock
+from pissa_core.errors import Cancelled
+from pissa_core.ports import Seal
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAttempt:
+    """One attempt's scratch, and where what it finishes goes."""
+
+    folder: Path
+    sealed: Path
+
+    def seal(self, record: Seal, shard: Path, part: Path) -> None:
+        """Move both files under a token of our own, then write the one record that counts."""
+        token = secrets.token_hex(8)
+        folder = self.sealed / token
+        if not self.sealed.is_dir():
+            raise Cancelled(f"the staging area of {record.shard} was discarded meanwhile")
+        with disk_errors(self.sealed):
+            folder.mkdir()
+            shard.rename(folder / "shard")
+            part.rename(folder / "part")
+            sync_folder(folder)
+            text = {
+                "token": token,
+                "shard_identity": identity_of((folder / "shard").stat()),
+                "part_identity": identity_of((folder / "part").stat()),
+                "seal": asdict(record),
+            }
+            ours = create_once(self.sealed / "seal.json", json.dumps(text).encode())
+        if not ours:
+            shutil.rmtree(folder)
+        shutil.rmtree(self.folder)
+
+
+def make_scratch(work: Path) -> tuple[Path, int]:
+    """Make a scratch folder that is locked before anybody can see it."""
+    token = secrets.token_hex(8)
+    hidden = work / f".{token}"
+    hidden.mkdir()
+    lock = try_lock(hidden / "lock")
+    if lock is None:
+        raise RuntimeError(f"a fresh lock in {hidden} is already held")
+    return hidden.rename(work / token), lock
+
+
+def adopt(work: Path) -> tuple[Path, int] | None:
+    """Take over the scratch of a dead attempt; remove what further dead attempts left."""
+    adopted: tuple[Path, int] | None = None
+    for folder in sorted(work.iterdir()):
+        if folder.name.startswith("."):  # being made; `discard` clears those that never were
+            continue
+        lock = _lock_of(folder)
+        if lock is None:
+            continue
+        if adopted is None and (folder / "journal").exists():
+            adopted = folder, lock
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+    return adopted
+
+
+def _lock_of(folder: Path) -> int | None:
+    """Lock a scratch folder; None if it is held, or vanished meanwhile."""
+    try:
+        lock = try_lock(folder / "lock")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if lock is None:
+        return None
+    try:
+        same = os.fstat(lock).st_ino == (folder / "lock").stat().st_ino
+    except FileNotFoundError:
+        same = False
+    if not same:
+        os.close(lock)
+        return None
+    return lock
+
+
+def discard_scratch(folder: Path) -> bool:
+    """Remove a dead attempt's scratch; say whether a live one still holds it."""
+    lock = _lock_of(folder)
+    if lock is None:
+        return folder.exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    os.close(lock)
+    return False
