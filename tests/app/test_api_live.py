@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from urllib.parse import urlsplit
@@ -18,7 +23,7 @@ from app.asgi import make_app as make_wired_app
 from app.factory import create_app
 from pissa_core.errors import RepoNotFound
 from worker.connect import open_store
-from worker.embedded import embedded_valkey
+from worker.embedded import answers, embedded_valkey
 from worker.settings import Settings
 
 
@@ -236,3 +241,19 @@ def test_the_wired_app_opens_and_closes_its_store(tmp_path, store_url, embedded)
         assert (folder / "valkey").exists() == embedded
     with client_of(make_wired_app(settings)) as api:
         assert len(api.get("/v1/jobs").json()["jobs"]) == 1
+
+
+def test_a_signal_ends_the_server_with_streams_open(tmp_path):
+    environment = os.environ | {"PISSA_DATA_DIR": str(tmp_path / "data")}
+    command = [sys.executable, "-m", "uvicorn", "app.asgi:app", "--port", "0"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            told = (re.search(r"running on (http://[0-9.:]+)", line) for line in server.stderr)
+            home = next(match[1] for match in told if match)
+            with httpx2.stream("GET", f"{home}/v1/jobs/{submit(home)}/events") as answer:
+                assert next(answer.iter_lines()).startswith("id: ")
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(30) in (0, -signal.SIGTERM)
+        finally:
+            server.kill()
+    assert not answers(f"unix://{tmp_path / 'data' / 'valkey' / 'valkey.sock'}")
