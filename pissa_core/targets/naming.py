@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,14 +65,22 @@ def _renamed(
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     prefix = model.base_model_prefix
+    made_from = {pattern: each for each in converters for pattern in each.source_patterns}
     found: defaultdict[str, tuple[Stored, ...]] = defaultdict(tuple)
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
-        name, converter = rename_source_key(tensor.name, renamings, converters, prefix, state)
+        name, pattern = rename_source_key(tensor.name, renamings, converters, prefix, state)
         if name not in state and tensor.name in state:
-            name, converter = rename_source_key(tensor.name, [], [], prefix, state)
-        if name in state:
-            found[name] += (Stored(tensor, converter is not None),)
+            name, pattern = rename_source_key(tensor.name, [], [], prefix, state)
+        for parameter in [name] if pattern is None else _made(name, made_from[pattern]):
+            if parameter in state:
+                found[parameter] += (Stored(tensor, pattern is not None),)
     return dict(found)
+
+
+def _made(first: str, converter: WeightConverter) -> Iterator[str]:
+    """Yield every parameter a converter makes; renaming tells only the first."""
+    for target in converter.target_patterns:
+        yield first.replace(converter.target_patterns[0], target)
 
 
 def _tied(model: PreTrainedModel) -> dict[str, str]:

@@ -118,7 +118,10 @@ def _owner(layer: Injected) -> str:
 def _not_one_tensor(layer: Injected, names: Names) -> _Objection | None:
     stored = names.stored.get(layer.parameter, ())
     if not stored:
-        return "ambiguous_name", f"the checkpoint has no tensor for {layer.parameter}"
+        return "ambiguous_name", (
+            f"the checkpoint has no tensor for {layer.parameter}, which is made anew on every "
+            "loading; exclude it"
+        )
     if len(stored) > 1 and not _converted(stored):
         found = " and ".join(each.tensor.name for each in stored)
         return "ambiguous_name", f"the tensors {found} both go into {layer.parameter}"

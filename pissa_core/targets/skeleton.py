@@ -58,7 +58,7 @@ def build_skeleton(layout: Layout) -> Skeleton:
     known = _known_class(layout, named)
     if known is None:
         return Skeleton(build_from_keys(layout, named), named, "checkpoint keys")
-    model = _build(known, _read_config(layout))
+    model = _build(known, _read_config(known, layout))
     return Skeleton(model, known.__name__, "transformers")
 
 
@@ -72,14 +72,15 @@ def _named_class(config: Mapping[str, Any]) -> str | None:
 def _known_class(layout: Layout, named: str | None) -> type[PreTrainedModel] | None:
     """Return the model's class if transformers has it; never a checkpoint's own code."""
     model_type = layout.config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if model_type is not None and model_type not in CONFIG_MAPPING:
         return None
-    if named is None:
+    if named is None and model_type is not None:
         named = _class_by_keys(layout, model_type)
-    model_class = getattr(transformers, named, None) if named and named.isidentifier() else None
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+    found: Any = getattr(transformers, named, None) if named and named.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         return None
-    return model_class
+    # The abstract base has no config of its own.
+    return found if found.config_class is not None else None  # type: ignore[attr-defined]
 
 
 def _class_by_keys(layout: Layout, model_type: str) -> str | None:
@@ -97,16 +98,18 @@ def _class_by_keys(layout: Layout, model_type: str) -> str | None:
     return None
 
 
-def _read_config(layout: Layout) -> PretrainedConfig:
+def _read_config(model_class: type[PreTrainedModel], layout: Layout) -> PretrainedConfig:
     """Read config.json as `from_pretrained` does, which knows more spellings than `from_dict`."""
+    model_type = layout.config.get("model_type")
+    reader = AutoConfig if model_type else model_class.config_class
     with tempfile.TemporaryDirectory(prefix="pissa-config-") as folder, quiet():
         (Path(folder) / "config.json").write_text(json.dumps(dict(layout.config)))
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = reader.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
-            model_type = layout.config["model_type"]
             raise UnsupportedArchitecture(
-                f"config.json is not a config of model type {model_type!r}: {_one_line(error)}"
+                f"config.json is no config of {model_type or model_class.__name__}: "
+                f"{_one_line(error)}"
             ) from error
     # A name left here by the author would have PEFT look the model up on the Hub.
     config._name_or_path = ""
@@ -131,14 +134,15 @@ def _check_depth(config: PretrainedConfig, tensors: int) -> None:
 
 def _build(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
     """Build the model as `from_pretrained` does before it loads any weight."""
-    contexts = model_class.get_init_context(
-        torch.float32, is_quantized=False, _is_ds_init_called=False, allow_all_kernels=None
-    )
-    config._attn_implementation = "eager"
     try:
+        config._attn_implementation = "eager"
+        if getattr(config, "use_pretrained_backbone", None):
+            config.use_pretrained_backbone = False  # or building would download it
+        contexts = model_class.get_init_context(
+            torch.float32, is_quantized=False, _is_ds_init_called=False, allow_all_kernels=None
+        )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(quiet())
-            for context in (*contexts, no_init_weights()):
+            for context in (quiet(), *contexts, no_init_weights()):
                 stack.enter_context(context)
             return model_class(config)
     except MemoryError:

@@ -14,7 +14,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from tinymodels import MODELS, SHARDED, save_model
+from tinymodels import MODELS, SHARDED, edit_config, save_model
 
 from pissa_core.adapters.local import LocalSource
 from pissa_core.layout import read_layout
@@ -304,3 +304,22 @@ def test_a_setting_without_effect_is_logged(
     resolve(save_model("llama", tmp_path), **config)
 
     assert remark in caplog.text
+
+
+def test_the_prefix_of_a_head_s_checkpoint_is_dropped_for_the_bare_class(tmp_path: Path) -> None:
+    save_model("roberta", tmp_path)
+    edit_config(tmp_path, architectures=["RobertaModel"])
+
+    targets = resolve(tmp_path, exclude_modules=["pooler.dense"])
+
+    assert targets.refused == ()
+    assert all(m.tensor == f"roberta.{m.module}.weight" for m in targets.matrices)
+    bare = transformers.RobertaModel.from_pretrained(tmp_path)
+    assert_same(targets, by_peft(bare, exclude_modules=["pooler.dense"]))
+
+
+def test_a_config_without_a_model_type_is_read_by_the_class_it_names(tmp_path: Path) -> None:
+    known = resolve(save_model("llama", tmp_path))
+    edit_config(tmp_path, model_type=None)
+
+    assert resolve(tmp_path) == known

@@ -232,7 +232,7 @@ def test_a_target_without_a_tensor_is_refused(tmp_path: Path) -> None:
     refusal = only(resolve(tmp_path))
 
     assert (refusal.name, refusal.code) == ("model.layers.0.mlp.up_proj", "ambiguous_name")
-    assert refusal.reason == f"the checkpoint has no tensor for {key}"
+    assert refusal.reason.startswith(f"the checkpoint has no tensor for {key}, which is made anew")
 
 
 def test_two_tensors_for_one_target_are_refused(tmp_path: Path) -> None:
@@ -255,6 +255,21 @@ def test_a_tensor_of_another_shape_than_config_json_asks_for_is_refused(tmp_path
 
     assert codes(targets) == {"unsupported_architecture"}
     assert "[48, 32], config.json asks for [40, 32]" in targets.refused[0].reason
+
+
+def test_a_weight_that_transformers_cuts_out_of_another_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, "Dinov2Model", "Dinov2Config", use_swiglu_ffn=True, **VIT)
+    stored = set(read_layout(LocalSource(tmp_path)).tensors)
+    assert "encoder.layer.0.mlp.weights_in.weight" in stored
+
+    targets = resolve(tmp_path, target_modules=["gate_proj", "up_proj", "down_proj"])
+
+    assert {name.rpartition(".")[2] for name in names(targets)} == {"gate_proj", "up_proj"}
+    assert codes(targets) == {"unsupported_module"}
+    assert "encoder.layer.0.mlp.weights_in.weight on loading" in targets.refused[0].reason
+    assert [matrix.tensor for matrix in targets.matrices] == [
+        "encoder.layer.0.mlp.weights_out.weight"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +340,7 @@ def test_a_head_that_the_checkpoint_lacks_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"hidden_size": "wide"}, "config.json is not a config of model type 'llama'"),
+        ({"hidden_size": "wide"}, "config.json is no config of llama"),
         ({"vocab_size": -1}, "LlamaForCausalLM cannot be built from config.json"),
         ({"num_hidden_layers": 10**9}, "1000000000 layers, the checkpoint has only 21 tensors"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel cannot be built"),
