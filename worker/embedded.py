@@ -157,9 +157,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, folder: Path) 
         if answers(url):
             return
         time.sleep(0.02)
-    last_words = (folder / "valkey.log").read_text(errors="replace").strip()[-300:]
+    lines = (folder / "valkey.log").read_text(errors="replace").splitlines()
+    last_words = lines[-1][-300:] if lines else "it said nothing"
     raise StoreUnavailable(
-        f"the embedded store in {folder} did not start: {last_words or 'it said nothing'}",
+        f"the embedded store in {folder} did not start: {last_words}",
         hint="see valkey.log there; is the disk full, or the folder another user's?",
     )
 

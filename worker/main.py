@@ -18,7 +18,7 @@ from worker.errors import StoreUnavailable
 from worker.logs import configure_logging
 from worker.node import Node, Role
 from worker.places import storages
-from worker.processes import die_with_parent
+from worker.processes import dies_with_parent
 from worker.settings import Settings
 from worker.store.connection import Connection
 from worker.store.reaper import Reaper
@@ -152,11 +152,11 @@ _THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREAD
 
 def _stop_on_signals() -> threading.Event:
     stopping = threading.Event()
-    parent = os.getppid()
-    die_with_parent(signal.SIGTERM)
+    # `pissa serve` starts its workers on a leash. One that a shell started outlives the shell.
+    parent, leashed = os.getppid(), dies_with_parent()
 
     def stop(signum: int, frame: object) -> None:
-        if os.getppid() != parent:
+        if leashed and os.getppid() != parent:
             # Nobody is left to wait for a graceful end, and the store may be gone too.
             os._exit(1)
         stopping.set()

@@ -25,7 +25,7 @@ from worker.contract import JobRequest
 from worker.settings import Settings
 from worker.vault import read_or_create
 
-_ID_FILE = ".pissa-storage-id"
+ID_FILE = ".pissa-storage-id"
 _SOURCES = ("model", "initial", "trained", "residual", "adapter", "original", "converted")
 
 
@@ -104,7 +104,7 @@ def output_ref(request: JobRequest, job_id: str, settings: Settings) -> tuple[Re
 
 def _storage_id(folder: Path) -> str:
     try:
-        return read_or_create(folder / _ID_FILE, secrets.token_hex(8)).strip()
+        return read_or_create(folder / ID_FILE, secrets.token_hex(8)).strip()
     except OSError:
         # A read-only folder without an id can only be a source: its path stands for it, and the
         # operator who mounts it elsewhere under the same path says that it is the same.

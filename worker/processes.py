@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 
 
 def holder_id() -> str:
@@ -39,6 +39,15 @@ def die_with_parent(signum: int = signal.SIGKILL) -> None:
     if sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
+
+
+def dies_with_parent() -> bool:
+    """Whether this process was started on a leash: the kernel signals it when its parent ends."""
+    if sys.platform != "linux":
+        return False
+    signum = ctypes.c_int(0)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_GET_PDEATHSIG, ctypes.byref(signum), 0, 0, 0)
+    return signum.value != 0
 
 
 def peak_memory_bytes() -> int:

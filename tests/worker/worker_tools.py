@@ -79,7 +79,8 @@ def running_worker(settings: Settings, log: Path) -> Iterator[subprocess.Popen[b
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "worker", "--device", "cpu", "--slots", "1"],
-            env=os.environ | settings.as_env(),
+            # A port that nothing listens on: no test may reach a Hub it has not started.
+            env=os.environ | settings.as_env() | {"HF_ENDPOINT": "http://127.0.0.1:9"},
             stderr=output,
             stdout=output,
         )
@@ -141,6 +142,7 @@ def wait_for_matrices(store: JobStore, job_id: str, count: int) -> Job:
 
     def done() -> Job | None:
         job = store.get(job_id)
+        assert job.status is not Status.FAILED, job.error
         return job if job.progress.matrices.done >= count else None
 
     return wait_for(done, f"{count} matrices of {job_id}")

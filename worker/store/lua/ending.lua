@@ -25,6 +25,7 @@ local function finalize(id, outcome)
   local digest = get(id, 'digest')
   if digest and (outcome == 'succeeded' or get(id, 'discard') == 'all') then
     redis.call('SREM', 'pissa:staging:' .. digest, id)
+    redis.call('HDEL', J(id), 'digest')
   end
   redis.call('HDEL', J(id), 'discard')
   if outcome == 'deleted' then return purge(id) end
