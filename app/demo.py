@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.minilm import fetch_minilm
+from worker.places import ID_FILE
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"
 _FOLDER = Path(".demo")
@@ -50,9 +51,10 @@ def main(model: str | None, rank: int) -> None:
     """Convert MODEL (a repo id or a folder) and compare it with the original."""
     signal.signal(signal.SIGTERM, _interrupt)
     chosen = model or choose_model()
-    folder = Path(chosen).resolve() if is_folder(chosen) else None
+    folder = Path(chosen).expanduser().resolve() if is_folder(chosen) else None
     try:
-        with served(_FOLDER, local_root=folder) as api:
+        root = folder.parent if folder else None
+        with unmarked(root), served(_FOLDER, local_root=root) as api:
             job = convert(api, str(folder or chosen), rank)
             report(job, str(folder or chosen))
     except DemoError as error:
@@ -102,6 +104,18 @@ def served(folder: Path, *, local_root: Path | None) -> Iterator[httpx2.Client]:
             yield api
     finally:
         stop(process)
+
+
+@contextlib.contextmanager
+def unmarked(root: Path | None) -> Iterator[None]:
+    """Take away what the service leaves in its local root, unless it was there before."""
+    mark = root / ID_FILE if root else None
+    was_there = mark is None or mark.exists()
+    try:
+        yield
+    finally:
+        if mark is not None and not was_there:
+            mark.unlink(missing_ok=True)
 
 
 def service_environment(local_root: Path | None) -> dict[str, str]:

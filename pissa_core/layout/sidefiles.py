@@ -17,8 +17,8 @@ from pissa_core.ports import CheckpointSource
 CARD = "README.md"
 """The model's card: merged into ours, so neither carried along nor left out."""
 
-OWN_NAMES = ("pissa_manifest.json", "pissa_init", "pissa_report")
-"""First path segments of what a conversion writes."""
+OWN_NAMES = ("pissa_manifest.json", "pissa_init", "pissa_report", ".pissa-storage-id")
+"""First path segments of what a conversion writes, and the service's mark in a local root."""
 
 OTHER_FORMATS = (
     ".bin",

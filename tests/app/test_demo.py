@@ -169,6 +169,7 @@ def test_the_demo_shows_a_real_model_converted_and_right(tmp_path):
     output = Path(text.split("The result lies in\n")[1].splitlines()[0].strip())
     manifest = json.loads((output / "pissa_manifest.json").read_text())
     assert len(manifest["matrices"]) == 37
+    assert not [path for path in manifest["files"] if "storage" in path]
     # The service's own processes name the data folder, or the store's socket below it.
     left = [
         p
@@ -206,9 +207,10 @@ def test_an_interrupted_demo_leaves_nothing_running(tmp_path):
 
 
 def test_a_demo_of_something_that_is_no_model_says_so(tmp_path):
-    (tmp_path / "empty").mkdir()
-    process = start_demo(tmp_path, "./empty")
+    (tmp_path / "models" / "empty").mkdir(parents=True)
+    process = start_demo(tmp_path, "./models/empty")
     text, _ = process.communicate(timeout=120)
     assert process.returncode == 1, text
     assert "the job ended as failed" in text
     assert "no_safetensors" in text
+    assert [path.name for path in (tmp_path / "models").rglob("*")] == ["empty"]
