@@ -149,14 +149,16 @@ function addEvent(list, event) {
 }
 
 const SAID_ALONE = ["tensor", "module", "shard", "message"];
+const SAID_AS = { seconds: format.seconds, energy: (share) => `energy ${format.percent(share)}`,
+  bytes: format.bytes, resumed: () => "taken up from an earlier attempt" };
 
 function about(data) {
   return Object.entries(data)
-    .filter(([, value]) => ["string", "number", "boolean"].includes(typeof value))
+    // What is nested, absent or false needs no words.
+    .filter(([, value]) => value && ["string", "number", "boolean"].includes(typeof value))
     .map(([name, value]) => {
       if (SAID_ALONE.includes(name)) return value;
-      if (name === "seconds") return format.seconds(value);
-      return `${name} ${Number.isInteger(value) || typeof value !== "number" ? value : value.toPrecision(3)}`;
+      return SAID_AS[name]?.(value) ?? `${name.replaceAll("_", " ")} ${value}`;
     })
     .join(" · ");
 }

@@ -14,6 +14,11 @@ export function el(name, attributes = {}, ...children) {
   return node;
 }
 
+/** A module's path, with leave to break the line behind its dots. */
+export function dotted(path) {
+  return path.split(/(?<=\.)/).flatMap((part) => [part, document.createElement("wbr")]);
+}
+
 const LONG = 24; // characters, beyond which a value gets two columns
 
 /** A definition list of figures: pairs of name and value; empty values are left out. */

@@ -1,7 +1,7 @@
 // The form for a new job, and the preview of its plan.
 
 import * as api from "./api.js";
-import { $, el, figures, notify } from "./dom.js";
+import { $, dotted, el, figures, notify } from "./dom.js";
 import * as format from "./format.js";
 
 const FIELD_OF = { model: "model", output: "output", rank: "rank", target_modules: "targets" };
@@ -115,7 +115,7 @@ function planView(plan) {
       el("table", {},
         el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Module"),
           el("th", { scope: "col" }, "Shape"), el("th", { scope: "col", class: "number" }, "Rank"))),
-        el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, row.module),
+        el("tbody", {}, rows.map((row) => el("tr", {}, el("td", {}, dotted(row.module)),
           el("td", {}, row.shape.join(" × ")), el("td", { class: "number" }, row.rank)))))),
     plan.matrices.length > rows.length &&
       el("p", { class: "help" }, `and ${plan.matrices.length - rows.length} more`),

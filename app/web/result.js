@@ -1,7 +1,7 @@
 // What a job made: one row a matrix, the pictures, the files.
 
 import * as api from "./api.js";
-import { el } from "./dom.js";
+import { dotted, el } from "./dom.js";
 import * as format from "./format.js";
 
 const ROWS_SHOWN = 500;
@@ -9,7 +9,7 @@ const ROWS_SHOWN = 500;
 const MOST_BYTES_IN_MEMORY = 500e6;
 
 const COLUMNS = [
-  ["Module", (row) => row.module, false],
+  ["Module", (row) => dotted(row.module), false],
   ["Shape", (row) => row.shape?.join(" × "), false],
   ["Rank", (row) => row.rank, true],
   ["Energy", (row) => format.percent(row.energy), true],
