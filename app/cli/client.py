@@ -122,7 +122,9 @@ def _follow_and_print(service: Service, job_id: str, *, as_json: bool) -> None:
     if as_json:
         tables.print_json(job)
     elif job["status"] == "succeeded":
-        tables.print_result(job["result"] or {})
+        tables.print_result(job["result"])
+        if not str(job["result"]["output"]).startswith("hf://"):
+            print(f"\nthe files: pissa fetch {job_id} DIR")
     if job["status"] != "succeeded":
         raise _failure(job)
 

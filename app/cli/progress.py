@@ -38,6 +38,11 @@ class Snapshot:
     rate: float | None = None
     left_s: float | None = None
 
+    @property
+    def complete(self) -> bool:
+        """Whether all that is counted is done."""
+        return bool(self.total) and self.done == self.total
+
     def figures(self) -> str:
         """Say counts, bytes, rate and time left, as far as they are known."""
         parts = []
@@ -103,18 +108,16 @@ class PlainLines:
     """One line whenever the phase changes, and every few seconds while it does not."""
 
     clock: Callable[[], float] = time.monotonic
-    _label: str | None = None
+    _last: Snapshot | None = None
     _due: float = 0.0
-    _complete: bool = False
 
     def show(self, snapshot: Snapshot) -> None:
-        """Print the snapshot if it is time, or if it is the last of its phase."""
-        now = self.clock()
-        complete = bool(snapshot.total) and snapshot.done == snapshot.total
-        news = snapshot.label != self._label or (complete and not self._complete)
-        if not news and now < self._due:
+        """Print the snapshot if it is of a new phase or the end of one, or if it is time."""
+        last, now = self._last, self.clock()
+        news = last is None or last.label != snapshot.label or last.complete != snapshot.complete
+        if snapshot == last or not (news or now >= self._due):
             return
-        self._label, self._complete, self._due = snapshot.label, complete, now + LINE_EVERY_S
+        self._last, self._due = snapshot, now + LINE_EVERY_S
         figures = snapshot.figures()
         self.note(f"{snapshot.label}: {figures}" if figures else snapshot.label)
 

@@ -136,7 +136,7 @@ def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
                 job["status"],
                 job["phase"],
                 _of(job["progress"]["matrices"]),
-                str(job["created_at"]),
+                str(job["created_at"])[:19].replace("T", " ") + "Z",
                 _asked(job["request"]),
             )
             for job in jobs

@@ -330,6 +330,28 @@ def test_a_bad_setting_is_refused_by_name(tmp_path: Path) -> None:
     )
 
 
+def test_one_more_worker_joins_and_outlives_the_shell_that_started_it(tmp_path: Path) -> None:
+    with served(tmp_path, "--workers", "0") as service:
+        env = environment(PISSA_DATA_DIR=str(tmp_path / "data"), PISSA_LOCAL_ROOT=str(service.root))
+        shell = f"{PISSA} worker --device cpu --slots 1 >{tmp_path / 'worker.log'} 2>&1 & echo $!"
+        printed = subprocess.run(
+            ["sh", "-c", shell], env=env, stdout=subprocess.PIPE, text=True, check=True
+        )
+        worker = psutil.Process(int(printed.stdout))
+        try:
+            wait_for(lambda: bool(service.workers()), "the worker")
+            save_model("llama", service.root / "llama")
+            assert (
+                service.json("submit", "./llama", "--rank", "4", "--wait")["status"] == "succeeded"
+            )
+            worker.terminate()
+            wait_for(lambda: service.workers() == [], "its leaving")
+            assert psutil.wait_procs([worker], timeout=PATIENCE_S)[1] == []
+        finally:
+            if worker.is_running():
+                worker.kill()
+
+
 def test_a_worker_without_a_store_is_refused(tmp_path: Path) -> None:
     done = pissa("worker", env=environment(PISSA_DATA_DIR=str(tmp_path)))
     assert (done.returncode, done.stdout) == (2, "")
