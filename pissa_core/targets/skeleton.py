@@ -32,6 +32,10 @@ _HEADS = (
     modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     modeling_auto.MODEL_MAPPING_NAMES,
 )
+_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"} | {
+    f"{part}{side}_layers" for part in ("", "num_") for side in ("encoder", "decoder")
+}
+"""How configs spell the number of layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,7 @@ def _class_by_keys(layout: Layout, model_type: str) -> str | None:
 
 def _read_config(model_class: type[PreTrainedModel], layout: Layout) -> PretrainedConfig:
     """Read config.json as `from_pretrained` does, which knows more spellings than `from_dict`."""
+    _check_depth(layout.config, len(layout.tensors))
     model_type = layout.config.get("model_type")
     reader = AutoConfig if model_type else model_class.config_class
     with tempfile.TemporaryDirectory(prefix="pissa-config-") as folder, quiet():
@@ -113,7 +118,6 @@ def _read_config(model_class: type[PreTrainedModel], layout: Layout) -> Pretrain
             ) from error
     # A name left here by the author would have PEFT look the model up on the Hub.
     config._name_or_path = ""
-    _check_depth(config, len(layout.tensors))
     return config
 
 
@@ -121,14 +125,14 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _check_depth(config: PretrainedConfig, tensors: int) -> None:
-    """Refuse a depth that the checkpoint cannot have, before a tree of that size is built."""
-    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
-    for part in parts:
-        depth = getattr(part, "num_hidden_layers", None)
-        if isinstance(depth, int) and depth > tensors:
+def _check_depth(config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse a depth that the checkpoint cannot have, before anything of that size is built."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            _check_depth(value, tensors)
+        elif name in _DEPTHS and isinstance(value, int) and value > tensors:
             raise UnsupportedArchitecture(
-                f"config.json says {depth} layers, the checkpoint has only {tensors} tensors"
+                f"config.json says {name} = {value}, the checkpoint has only {tensors} tensors"
             )
 
 

@@ -342,7 +342,11 @@ def test_a_head_that_the_checkpoint_lacks_is_refused(tmp_path: Path) -> None:
     [
         ({"hidden_size": "wide"}, "config.json is no config of llama"),
         ({"vocab_size": -1}, "LlamaForCausalLM cannot be built from config.json"),
-        ({"num_hidden_layers": 10**9}, "1000000000 layers, the checkpoint has only 21 tensors"),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers = 1000000000, the checkpoint has only 21",
+        ),
+        ({"text_config": {"num_layers": 10**9}}, "num_layers = 1000000000"),
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel cannot be built"),
     ],
 )
