@@ -2,44 +2,195 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from pissa_core.svd.dense import exact, lowrank
-from pissa_core.svd.krylov import krylov
+from pissa_core.svd import dense
+from pissa_core.svd.krylov import (
+    Ritz,
+    Shape,
+    leading_eigenpairs,
+    random_start,
+    solve_small,
+)
+from pissa_core.svd.missing import RESOLUTION
+from pissa_core.svd.operator import Operator, operator_of, scale_
+from pissa_core.svd.orth import orthonormal_rows
+from pissa_core.svd.routes import OVERSAMPLING, Products, fits_krylov, krylov_shape
+
+# Steps of block Krylov from lowrank's own result that show what it missed.
+_STEPS_TO_CERTIFY = 3
 
 
 @dataclass(frozen=True, slots=True)
 class TruncatedSvd:
-    """The r leading singular triplets of W, W ~ U diag(S) Vt, and what was learned on the way.
+    """The r leading singular triplets of W, W ~ U diag(S) Vt, and what certifies them.
 
     Attributes:
         U: (m, r) float32, orthonormal columns.
         S: (r,) float32, descending, not negative.
         Vt: (r, n) float32, orthonormal rows.
-        method: the route taken.
-        missed: upper estimate of the share of the optimal energy that S misses.
+        method: the route taken: ``exact``, ``lowrank``, ``gram`` (eigenvectors of all of the
+            smaller Gram matrix), ``krylov`` (on W) or ``gram-krylov`` (on the Gram matrix).
+        norm: ||W||_F.
+        optimum: upper estimate of the sum of the r largest sigma^2; see `could_be_missing`.
+        exact_side: the side on which the triplets hold to rounding, ``right`` if W Vt^T = U S,
+            ``left`` if U^T W = S Vt; the other side's residual bounds the error of S.
     """
 
     U: Tensor
     S: Tensor
     Vt: Tensor
     method: str
-    missed: float
+    norm: float
+    optimum: float
+    exact_side: str
 
 
 def truncated_svd(
     W: Tensor, rank: int, *, method: str, tolerance: float, niter: int, seed: int
 ) -> TruncatedSvd:
-    """Find the `rank` leading singular triplets of W (m, n) float32."""
+    """Find the `rank` leading singular triplets of W.
+
+    Shapes   W (m, n), m = out_features as PEFT multiplies it, rows or columns contiguous; U (m, r),
+             S (r,), Vt (r, n); 1 <= rank <= min(m, n).
+    Dtype    float16, bfloat16, float32 in (converted exactly); arithmetic in float32, scaled by a
+             power of two where the squares of W would overflow or vanish; results float32.
+    Error    ``exact``: backward stable. ``lowrank``: what `torch.svd_lowrank` gives. ``auto``: the
+             share of the optimal energy sum_{i<=r} sigma_i^2 that is missing is at most `tolerance`
+             by the estimate of `could_be_missing`, which is no bound; below 2e-6, which float32
+             sums of squares do not resolve, ``auto`` takes ``exact``. Single vectors inside a
+             cluster around sigma_r are not determined by this, and need not be.
+    Sign     as it comes; `split_principal` makes it unique.
+    Random   the start, from `seed` alone, drawn on the CPU whatever the device. Same bytes on the
+             same kind of device with the same number of BLAS threads, whatever else runs.
+    Cost     see `leading_eigenpairs`, `dense.exact`, `dense.lowrank` and `routes`.
+    Source   Musco, Musco 2015, arXiv:1504.05477; Halko, Martinsson, Tropp 2011, arXiv:0909.4061.
+    """
+    operator, norm = operator_of(W)
     generator = torch.Generator().manual_seed(seed)
-    if method == "exact":
-        return TruncatedSvd(*exact(W, rank), "exact", 0.0)
+    if not math.isfinite(norm):
+        raise ValueError("W holds entries that are not finite")
+    if method == "exact" or (method == "auto" and tolerance < 2 * RESOLUTION):
+        return _exact(W, rank, _unscaled(norm, operator))
+    if norm == 0.0:
+        return _of_zero(W, rank, method, generator)
     if method == "lowrank":
-        return TruncatedSvd(*lowrank(W, rank, niter, generator), "lowrank", 1.0)
-    if rank * 4 >= min(W.shape) or min(W.shape) <= 64:
-        return TruncatedSvd(*exact(W, rank), "exact", 0.0)
-    U, S, Vt, missed = krylov(W, rank, tolerance, generator)
-    return TruncatedSvd(U, S, Vt, "krylov", missed)
+        return _lowrank(operator, norm, rank, niter, generator)
+    return _auto(operator, norm, rank, tolerance, generator)
+
+
+def _exact(W: Tensor, rank: int, norm: float) -> TruncatedSvd:
+    U, S, Vt = dense.exact(W.float(), rank)
+    return TruncatedSvd(U, S, Vt, "exact", norm, _energy(S), "right")
+
+
+def _of_zero(W: Tensor, rank: int, method: str, generator: Generator) -> TruncatedSvd:
+    U = random_start(rank, W.shape[0], generator, W.device).t()
+    Vt = random_start(rank, W.shape[1], generator, W.device)
+    return TruncatedSvd(U, torch.zeros(rank, device=W.device), Vt, method, 0.0, 0.0, "right")
+
+
+def _lowrank(
+    operator: Operator, norm: float, rank: int, niter: int, generator: Generator
+) -> TruncatedSvd:
+    W = scale_(operator.W.float().clone(), operator.exponent) if operator.exponent else operator.W
+    U, S, Vt = dense.lowrank(W.float(), rank, niter, generator)
+    del W
+    optimum = _optimum_beyond(operator, Vt if operator.tall else U.t(), S, generator)
+    return _rescaled(
+        operator, U, S, Vt, "lowrank", norm, optimum, "left" if operator.tall else "right"
+    )
+
+
+def _optimum_beyond(operator: Operator, V: Tensor, S: Tensor, generator: Generator) -> float:
+    """Estimate from above the optimal energy by going on from V (r, d) for a few steps."""
+    rank, d = V.shape
+    block = rank + OVERSAMPLING
+    if d <= (_STEPS_TO_CERTIFY + 1) * block:
+        values, _ = solve_small(operator.gram().double(), rank)
+        return float(values[:rank].clamp(min=0).sum())
+    fresh = torch.randn(OVERSAMPLING, d, generator=generator).to(V.device)
+    start, _ = orthonormal_rows(torch.cat([V.float(), fresh]), generator)
+    shape = Shape(block, block, _STEPS_TO_CERTIFY * block, _STEPS_TO_CERTIFY)
+    found = leading_eigenpairs(
+        operator.apply, start, rank, shape, tolerance=0.0, generator=generator
+    )
+    return max(_energy(S), _optimum(found, rank))
+
+
+def _auto(
+    operator: Operator, norm: float, rank: int, tolerance: float, generator: Generator
+) -> TruncatedSvd:
+    d, device = operator.short, operator.W.device
+    if not fits_krylov(d, rank):
+        return _by_gram(operator, norm, rank)
+    shape = krylov_shape(d, rank)
+    products = Products(operator)
+    start = random_start(shape.block, d, generator, device)
+    found = leading_eigenpairs(
+        products.apply, start, rank, shape, tolerance=tolerance, generator=generator
+    )
+    if found.missed > tolerance:
+        return _by_gram(operator, norm, rank)
+    method = "krylov" if products.gram is None else "gram-krylov"
+    products.gram = None
+    return _lifted(operator, norm, found.vectors, method, _optimum(found, rank))
+
+
+def _by_gram(operator: Operator, norm: float, rank: int) -> TruncatedSvd:
+    G = operator.gram()
+    values, S = solve_small(G.double() if len(G) <= 512 else G, rank)
+    V = S[:, :rank].t().float().contiguous()
+    return _lifted(operator, norm, V, "gram", float(values[:rank].clamp(min=0).sum()))
+
+
+def _lifted(
+    operator: Operator, norm: float, V: Tensor, method: str, optimum: float
+) -> TruncatedSvd:
+    """Turn orthonormal rows V (r, d) of the short side into triplets of W.
+
+    V M^T = L Q with Q orthonormal and L = u s w^T, so M (u^T V)^T = (w^T Q)^T diag(s): the
+    captured energy ||M V^T||_F^2 is the sum of S^2, to rounding.
+    """
+    L, Q = _lq(operator.lift(V))
+    u, s, wt = torch.linalg.svd(L)
+    short, long = torch.mm(u.t().float(), V), torch.mm(wt.float(), Q)
+    U, Vt = (long.t(), short) if operator.tall else (short.t(), long)
+    side = "right" if operator.tall else "left"
+    return _rescaled(operator, U, s.float(), Vt, method, norm, optimum, side)
+
+
+def _lq(Y: Tensor) -> tuple[Tensor, Tensor]:
+    Q, L = orthonormal_rows(Y, torch.Generator().manual_seed(0))
+    return L, Q
+
+
+def _rescaled(
+    operator: Operator,
+    U: Tensor,
+    S: Tensor,
+    Vt: Tensor,
+    method: str,
+    norm: float,
+    optimum: float,
+    side: str,
+) -> TruncatedSvd:
+    S = scale_(S.clone(), -operator.exponent)
+    optimum = math.ldexp(optimum, -2 * operator.exponent)
+    return TruncatedSvd(U, S, Vt, method, _unscaled(norm, operator), optimum, side)
+
+
+def _unscaled(norm: float, operator: Operator) -> float:
+    return math.ldexp(norm, -operator.exponent)
+
+
+def _optimum(found: Ritz, rank: int) -> float:
+    return float(found.values[:rank].clamp(min=0).sum()) / (1 - found.missed)
+
+
+def _energy(S: Tensor) -> float:
+    return float(S.double().square().sum())

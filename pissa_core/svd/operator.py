@@ -1,0 +1,154 @@
+"""W as the iterative routes see it: float32 products from the stored bytes, panel by panel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pissa_core.svd.products import times_transposed
+
+PANEL_BYTES = 2 << 20  # a float32 panel that stays in a core's cache through both products
+GRAM_PANEL = 1024
+GRAM_BLOCK = 512
+# Squares of entries neither overflow nor vanish in float32 while ||W||_F lies between these.
+SAFE_NORMS = (2.0**-30, 2.0**30)
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """The symmetric M^T M of the shorter side of W, and the way back to the longer side.
+
+    M is W or its transpose, whichever is tall. W stays as stored; panels of M's rows are
+    converted to float32, scaled by a power of two, and used for both products of a Gram step
+    while they are in cache: W is read once a step, and no float32 copy of it is made.
+
+    Shapes   M (D, d), D >= d; vectors are rows, X (b, d).
+
+    Attributes:
+        W: the matrix (m, n), float16, bfloat16 or float32, rows or columns contiguous.
+        exponent: W is multiplied by 2^exponent as it is read.
+    """
+
+    W: Tensor
+    exponent: int = 0
+
+    @property
+    def tall(self) -> bool:
+        """Whether M is W itself rather than its transpose."""
+        return self.W.shape[0] >= self.W.shape[1]
+
+    @property
+    def short(self) -> int:
+        """The length d of the shorter side."""
+        return min(self.W.shape)
+
+    @property
+    def long(self) -> int:
+        """The length D of the longer side."""
+        return max(self.W.shape)
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Return X M^T M (b, d), reading W once."""
+        Z = torch.zeros_like(X)
+        for _, _, P in self._panels():
+            Z += times_transposed(times_transposed(X, P), P.t())
+        return Z
+
+    def lift(self, X: Tensor) -> Tensor:
+        """Return X M^T (b, D), the vectors' images on the longer side."""
+        Y = torch.empty(X.shape[0], self.long, dtype=torch.float32, device=X.device)
+        for start, stop, P in self._panels():
+            Y[:, start:stop] = times_transposed(X, P)
+        return Y
+
+    def gram(self) -> Tensor:
+        """Return M^T M (d, d); the blocks of one triangle are computed, the others copied."""
+        d = self.short
+        G = torch.zeros(d, d, dtype=torch.float32, device=self.W.device)
+        blocks = [(i, min(i + GRAM_BLOCK, d)) for i in range(0, d, GRAM_BLOCK)]
+        for _, _, P in self._panels(GRAM_PANEL):
+            Pt = P.t().contiguous()
+            for i, j in blocks:
+                G[i:j, i:] += times_transposed(Pt[i:j], Pt[i:])
+        for i, j in blocks:
+            G[j:, i:j] = G[i:j, j:].t()
+        return G
+
+    def norm(self) -> float:
+        """Return the Frobenius norm of the scaled W; inf or nan where float32 squares overflow."""
+        total = torch.zeros((), dtype=torch.float64, device=self.W.device)
+        for _, _, P in self._panels():
+            rows = torch.linalg.vector_norm(P, dim=1).double()
+            total += torch.dot(rows, rows)
+        return math.sqrt(float(total))
+
+    def _panels(self, width: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield (start, stop, P), P (stop - start, d) being rows of M as float32, scaled."""
+        M = self.W if self.tall else self.W.t()
+        step = self._panel_width(width)
+        direct = self._needs_no_copy(M)
+        buffer = None if direct else _buffer_like(M, step)
+        for start in range(0, self.long, step):
+            rows = M[start : start + step]
+            if buffer is None:
+                P = rows
+            else:
+                # The last panel is narrower: memory of its own keeps it contiguous.
+                P = buffer if len(rows) == step else _buffer_like(M, len(rows))
+                scale_(P.copy_(rows), self.exponent)
+            yield start, start + len(rows), P
+
+    def _needs_no_copy(self, M: Tensor) -> bool:
+        # Rows must follow each other in memory for the kernels, and W begin where torch's own
+        # tensors do: BLAS may take other code, with other last bits, for other alignments.
+        plain = M.dtype == torch.float32 and self.exponent == 0
+        return plain and M.is_contiguous() and M.data_ptr() % 64 == 0
+
+    def _panel_width(self, width: int | None) -> int:
+        if self.W.device.type != "cpu":
+            return self.long  # one launch each; a GPU's own tiling does what panels do here
+        fitting = PANEL_BYTES // (4 * self.short) // 16 * 16
+        return min(self.long, width or max(16, fitting))
+
+
+def _buffer_like(M: Tensor, rows: int) -> Tensor:
+    # As M lies in memory, by rows or by columns, so that the conversion streams.
+    d = M.shape[1]
+    if M.stride(1) == 1:
+        return torch.empty(rows, d, dtype=torch.float32, device=M.device)
+    return torch.empty(d, rows, dtype=torch.float32, device=M.device).t()
+
+
+def scale_(T: Tensor, exponent: int) -> Tensor:
+    """Multiply T by 2^exponent in place; exact unless the result is subnormal or overflows."""
+    while exponent:
+        step = max(-100, min(100, exponent))  # 2^100 fits float32; larger exponents take turns
+        T.mul_(math.ldexp(1.0, step))
+        exponent -= step
+    return T
+
+
+def operator_of(W: Tensor) -> tuple[Operator, float]:
+    """Wrap W, scaled by a power of two where its squares would leave float32, with its norm.
+
+    Returns:
+        The operator and the Frobenius norm of the *scaled* W: 0 for a zero matrix, nan if an
+        entry is not finite.
+    """
+    if W.stride(0) != 1 and W.stride(1) != 1:
+        W = W.contiguous()
+    plain = Operator(W)
+    norm = plain.norm()
+    if SAFE_NORMS[0] < norm < SAFE_NORMS[1]:
+        return plain, norm
+    largest = float(torch.linalg.vector_norm(W, ord=math.inf)) if W.numel() else 0.0
+    if largest == 0.0:
+        return plain, 0.0
+    if not math.isfinite(largest):
+        return plain, math.nan
+    scaled = Operator(W, -math.frexp(largest)[1])
+    return scaled, scaled.norm()

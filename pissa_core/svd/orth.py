@@ -1,0 +1,65 @@
+"""Orthonormal rows, by Cholesky QR twice; Householder where Cholesky gives up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+
+from pissa_core.svd.products import times_transposed
+
+_TINY = torch.finfo(torch.float32).tiny
+_STEEP = 1e-3  # a Cholesky pivot below this: a second round would not mend the first
+
+
+def orthonormal_rows(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Factor Y = L Q with Q of orthonormal rows.
+
+    Shapes   Y, Q (b, d), b <= d; L (b, b).
+    Dtype    float32; the b x b factors and L are float64.
+    Error    ||Q Q^T - I|| of the order of float32 eps: rows are scaled to length 1 first, and two
+             rounds suffice while their condition number is below eps^(-1/2), which the smallest
+             Cholesky pivot is asked for; otherwise Householder QR, which needs no such thing.
+    Random   rows that are zero, or depend on others, get directions drawn from `generator`.
+    Source   Fukaya, Nakatsukasa, Yanagisawa, Yamamoto 2014, doi:10.1109/ScalA.2014.11
+             (CholeskyQR2).
+    """
+    Q, L = _cholesky_round(Y, generator)
+    Q, again = _cholesky_round(Q, generator)
+    return Q, L @ again
+
+
+def split_off(K: Tensor, Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Split Y = C^T K + B Q: its part in the row space of K, and an orthonormal rest.
+
+    Shapes   K (k, d) orthonormal, Y, Q (b, d), k + b <= d; C (k, b); B (b, b) float64.
+    Error    ||Q K^T|| and ||Q Q^T - I|| of the order of float32 eps. Both halves are done twice,
+             taking turns. Once is not enough, though each step alone would look harmless: the
+             defects multiply from step to step, and Ritz values pass the true ones.
+    Source   Giraud, Langou, Rozloznik, van den Eshof 2005, doi:10.1007/s00211-005-0615-4 ("twice
+             is enough"); blocks: Barlow, Smoktunowicz 2013, doi:10.1007/s00211-012-0496-2.
+    """
+    C = times_transposed(K, Y)
+    Q, B = _cholesky_round(torch.addmm(Y, C.t(), K, alpha=-1), generator)
+    Q = torch.addmm(Q, times_transposed(Q, K), K, alpha=-1)
+    Q, again = _cholesky_round(Q, generator)
+    return C, Q, B @ again
+
+
+def _cholesky_round(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    lengths = torch.linalg.vector_norm(Y, dim=1).clamp(min=_TINY)
+    Q = Y / lengths[:, None]
+    factor, info = torch.linalg.cholesky_ex(times_transposed(Q, Q).double())
+    if int(info) or float(factor.diagonal().min()) < _STEEP:
+        return _householder(Y, generator)
+    identity = torch.eye(len(Y), dtype=torch.float64, device=Y.device)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    return torch.mm(inverse.float(), Q), lengths.double()[:, None] * factor
+
+
+def _householder(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    # Noise far below what the rows hold gives the dependent ones a generic direction, where
+    # Householder's own completion would be unit vectors, the same for every matrix.
+    largest = torch.linalg.vector_norm(Y, dim=1).max().clamp(min=_TINY * 1e9)
+    noise = torch.randn(Y.shape, generator=generator).to(Y.device)
+    Q, R = torch.linalg.qr((Y + noise * (largest * 1e-8)).t())
+    return Q.t().contiguous(), R.t().double()

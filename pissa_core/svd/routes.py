@@ -1,0 +1,62 @@
+"""Which route to the leading triplets is the cheapest: a small cost model, measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pissa_core.svd.krylov import Shape
+from pissa_core.svd.operator import Operator
+from pissa_core.svd.products import times_transposed
+
+OVERSAMPLING = 8
+EXPECTED_STEPS = 8
+_WIDE = 40  # blocks up to this width keep many steps; wider ones restart early
+
+
+def krylov_shape(d: int, rank: int) -> Shape:
+    """Choose block, capacity and restart for the `rank` leading pairs of a d x d operator."""
+    block = rank + OVERSAMPLING
+    keep = rank + max(OVERSAMPLING, rank // 2)
+    capacity = keep + (12 if block <= _WIDE else 3) * block
+    return Shape(block, keep, capacity, max_steps=60)
+
+
+def fits_krylov(d: int, rank: int) -> bool:
+    """Whether a Krylov basis is small against d; if not, all of the Gram matrix is solved."""
+    shape = krylov_shape(d, rank)
+    return 2 * shape.block * min(EXPECTED_STEPS, shape.capacity // shape.block) <= d
+
+
+@dataclass(slots=True)
+class Products:
+    """Products with M^T M: from W, or from a Gram matrix once that has become the cheaper way.
+
+    Flops a step for b vectors: 4 D d b from W, 2 d^2 b from the Gram matrix, which costs D d^2
+    once. It is formed at the start where EXPECTED_STEPS steps repay it, and later once the steps
+    taken have cost as much (then at most twice the best choice made in hindsight was spent).
+    """
+
+    operator: Operator
+    gram: Tensor | None = None
+    spent: float = 0.0
+    may_form: bool = True
+
+    def apply(self, X: Tensor) -> Tensor:
+        """Return X M^T M."""
+        if self.gram is None and self.may_form and self._pays(len(X)):
+            self.gram = self.operator.gram()
+        if self.gram is not None:
+            return times_transposed(X, self.gram)
+        self.spent += self._saved(len(X))
+        return self.operator.apply(X)
+
+    def _saved(self, b: int) -> float:
+        D, d = self.operator.long, self.operator.short
+        narrow = (b + 10) / b  # skinny products run below full speed
+        return max(0.0, (4 * D * d * b - 2 * d * d * b) * narrow)
+
+    def _pays(self, b: int) -> bool:
+        cost = self.operator.long * self.operator.short**2 * 1.1
+        return EXPECTED_STEPS * self._saved(b) >= cost or self.spent >= cost
