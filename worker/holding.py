@@ -87,7 +87,7 @@ class Hold:
         # A worker that is stopping has a grace of its own, kept by the process above.
         if why is Stop.DRAIN or self._done.wait(self._settings.cancel_s):
             return
-        if self._lost or self._still_ours():
+        if (self._lost or self._still_ours()) and not self._done.is_set():
             logger.warning(
                 "%s %s does not come to an end; this process does",
                 self._claim.job_id,

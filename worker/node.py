@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from celery import Celery, signals
+from celery.concurrency.prefork import TaskPool
 from celery.exceptions import SecurityWarning, WorkerLostError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -28,6 +29,7 @@ from worker.processes import die_with_parent, oom_kills
 from worker.settings import Settings
 from worker.store.reaper import Reaper
 
+_LOOK_AFTER_CHILDREN_S = 0.5
 Role = Literal["planner", "compute"]
 _PRELOADED: dict[str, tuple[str, ...]] = {
     "compute": ("pissa_core.engine",),
@@ -60,7 +62,8 @@ def main() -> None:
     node, settings = Node(), Settings.from_env()
     if os.getppid() != node.parent:
         sys.exit("the worker that started this node has gone")
-    configure_logging(f"{node.role} of {node.worker}")
+    signals.setup_logging.connect(log_as_node, weak=False)
+    log_as_node()
     app = make_app(_url(settings))
     app.conf.worker_pool_start_method = start_method(node)
     if app.conf.worker_pool_start_method == "fork":
@@ -86,7 +89,7 @@ def _consume(app: Celery, node: Node) -> int:
     controller = app.Worker(
         hostname=f"{node.role}.{node.worker}",
         queues=node.queues.split(","),
-        pool="prefork",
+        pool=_AttentivePool,
         concurrency=1,
         loglevel="INFO",
         without_gossip=True,
@@ -98,11 +101,18 @@ def _consume(app: Celery, node: Node) -> int:
     return int(controller.exitcode or 0)
 
 
+class _AttentivePool(TaskPool):  # type: ignore[misc]  # Celery has no types
+    """A prefork pool that notices a dead child within half a second, not five."""
+
+    def register_with_event_loop(self, loop: Any) -> None:
+        super().register_with_event_loop(loop)
+        loop.call_repeatedly(_LOOK_AFTER_CHILDREN_S, self._pool.maintain_pool)
+
+
 def _watch_children(settings: Settings) -> None:
     """Take back at once what a child held when it died, instead of when its lease runs out."""
     # Messages are JSON, so being root is no danger of the kind that Celery warns of.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    signals.setup_logging.connect(_keep_logging, weak=False)
     connection = connect(settings)
     reaper = Reaper(connection, settings)
     kills = oom_kills()
@@ -120,8 +130,10 @@ def _watch_children(settings: Settings) -> None:
     signals.task_failure.connect(on_failure, weak=False)
 
 
-def _keep_logging(**_: Any) -> None:
-    """Having a receiver, Celery leaves the logging as it is."""
+def log_as_node(**_: Any) -> None:
+    """Log as our node does; having a receiver that does so, Celery leaves the logging alone."""
+    node = Node()
+    configure_logging(f"{node.role} of {node.worker}")
 
 
 def _url(settings: Settings) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from celery import shared_task
+from celery import shared_task, signals
 
 from worker.contract import Task
+from worker.node import log_as_node
+
+# A child that was spawned, not forked, knows nothing of its parent but what it imports.
+signals.setup_logging.connect(log_as_node, weak=False)
 
 
 def prepare(job_id: str) -> None:

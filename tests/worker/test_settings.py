@@ -15,6 +15,7 @@ from pissa_core.errors import InvalidRequest, OutsideLocalRoot, PissaError, Toke
 from worker.contract import BaseToPissa
 from worker.errors import error_from
 from worker.logs import redact
+from worker.node import Node, Role, start_method
 from worker.places import Storages, check_references, output_ref, queue_names, storages
 from worker.settings import Settings
 from worker.vault import open_vault
@@ -170,3 +171,12 @@ def test_the_store_loads_no_celery() -> None:
     code = "import sys, worker.store; print('celery' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("role", "device", "method"),
+    [("compute", "cuda:0", "spawn"), ("compute", "cpu", "fork"), ("planner", "cuda:0", "fork")],
+)
+def test_only_what_touches_a_gpu_is_spawned(role: Role, device: str, method: str) -> None:
+    node = Node(role=role, worker="w", device=device, queues="work", parent=1)
+    assert start_method(node) == method

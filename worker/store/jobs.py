@@ -10,6 +10,8 @@ import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from pissa_core.errors import InvalidRequest
 from worker.contract import BaseToPissa, EventType, Job, JobEvent, JobRequest, Status
 from worker.errors import (
@@ -29,6 +31,7 @@ from worker.vault import Vault
 
 _CHUNK = 200
 _OWNER_OF_PLANS = ""
+_request: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
 
 # Inside the class `list` is the method.
 Jobs = list[Job]
@@ -146,7 +149,7 @@ class JobStore:
         Raises:
             JobNotFound, Conflict: if it is neither failed nor cancelled.
         """
-        request = BaseToPissa.model_validate(self.get(job_id).request)
+        request = _request.validate_python(self.get(job_id).request)
         plan_queue, work_queue = queue_names(request, self._shared)
         answer = self.connection.call(
             "resume",
