@@ -50,8 +50,10 @@ class RemoteFile:
 def fetch(*, job_id: str, folder: Path, as_json: bool) -> None:
     """Download a finished job's files.
 
-    Every checksum is verified before DIR appears.
-    DIR must not exist, or be empty. Interrupted, the same command goes on where it stopped.
+    Every checksum is verified before DIR appears; until then it must not exist, or be empty.
+    Where the adapter names a folder of the service as its base, it is made to name DIR, and the
+    manifest's entry for that file with it. Interrupted, the same command goes on where it
+    stopped.
     """
     target = folder.expanduser().absolute()
     _refuse_occupied(target)

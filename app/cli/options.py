@@ -16,6 +16,7 @@ import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from app.cli.kinds import Device, JobId, Size
 from pissa_core.errors import InvalidConfig
 from pissa_core.spec import PissaConfig
 
@@ -137,48 +138,6 @@ def parse_value(setting: Setting, value: Any) -> Any:
     if bool not in setting.leaves and setting.leaves & {int, float}:
         return _number(value)
     return value
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes: 4000000000, 4GB, 3.5GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse; a size that is none, or is zero, is a usage error."""
-        from worker.settings import parse_size
-
-        try:
-            nbytes = int(str(parse_size(str(value))))
-        except ValueError:
-            nbytes = 0
-        if nbytes == 0:
-            self.fail(f"{value!r} is not a size; write 4GB, 3.5GiB or a number of bytes", param)
-        return nbytes
-
-
-class Device(click.ParamType[str]):
-    """Where the arithmetic runs."""
-
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the spelling; whether the device is there, torch knows."""
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(value)):
-            self.fail(f"{value!r} is no device; write auto, cpu, cuda or cuda:0", param)
-        return str(value)
-
-
-class JobId(click.ParamType[str]):
-    """The id of a job, as `submit` prints it."""
-
-    name = "id"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the letters; whether there is such a job, the service knows."""
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,200}", str(value)):
-            self.fail(f"{value!r} is no job id; `pissa jobs` lists them", param)
-        return str(value)
 
 
 job_argument = click.argument("job_id", metavar="ID", type=JobId())

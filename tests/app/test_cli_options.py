@@ -10,7 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from app.cli.options import Size, config_options, settings
+from app.cli.kinds import Size
+from app.cli.options import config_options, settings
 from pissa_core.errors import InvalidConfig
 from pissa_core.spec import PissaConfig, parse_config
 

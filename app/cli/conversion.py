@@ -1,0 +1,191 @@
+"""One conversion in this process: from what was asked to the result, with progress on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+from app.cli.planner import planning
+from app.cli.progress import Display, Pace, Snapshot
+from pissa_core.errors import PissaError, SourceChanged
+from pissa_core.events import (
+    Event,
+    MatrixDone,
+    Planned,
+    Published,
+    Publishing,
+    ShardSealed,
+    ShardStarted,
+)
+from pissa_core.refs import LocalRef, Ref, resolve_local
+from pissa_core.spec import PissaConfig
+from worker.processes import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from pissa_core.plan import Plan
+    from pissa_core.ports import CheckpointSink, CheckpointSource
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a conversion came to; the same fields as a job's result."""
+
+    output: str
+    totals: dict[str, Any]
+    seconds: float
+    phase_seconds: dict[str, float]
+    peak_memory_bytes: int
+    model_class: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields of REST's result."""
+        manifest = f"{self.output}/pissa_manifest.json" if self.output.startswith("/") else None
+        return {
+            "output": self.output,
+            "manifest": manifest,
+            "seconds": round(self.seconds, 3),
+            "phase_seconds": {name: round(s, 3) for name, s in self.phase_seconds.items()},
+            "peak_memory_bytes": self.peak_memory_bytes,
+            **self.totals,
+            "passed": None,
+        }
+
+    def how_to_load(self) -> tuple[str, str | None, str | None]:
+        """Return base, revision and class for the loading snippet."""
+        repo, _, revision = self.output.removeprefix("hf://").partition("@")
+        return repo, revision or None, self.model_class
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One conversion in this process, from what was asked to its result."""
+
+    model: Ref
+    out: Ref
+    config: PissaConfig
+    device: str
+    slots: int | None
+    memory_budget: int | None
+    debug: bool
+
+    def run(self, shown: Display) -> Result:
+        """Plan, convert, publish; show how far it is."""
+        began = time.monotonic()
+        shown.show(Snapshot("planning"))
+        limits = {"slots": self.slots, "memory_budget": self.memory_budget}
+        with planning(str(self.model), self.config, **limits, debug=self.debug) as pending:
+            # torch is imported here while the child plans; an output that cannot be is found
+            # long before the plan is made.
+            from pissa_core.runtime import Runtime, resolve
+
+            runtime = Runtime(self.device, self.slots, self.memory_budget)
+            resolve(runtime)
+            source, sink = self._open()
+            made = pending.result()
+        if made.commit != source.commit:
+            raise SourceChanged(
+                f"{self.model} moved from commit {source.commit} to {made.commit} meanwhile",
+                hint="run the command again",
+            )
+        from pissa_core.engine import convert as run_engine
+
+        follower = Follower(shown, made, began)
+        events = run_engine(source, sink, self.config, runtime, plan=made)
+        with closing(cast("Generator[Event, None, None]", events)):
+            for event in events:
+                follower.take(event)
+        return follower.result()
+
+    def _open(self) -> tuple[CheckpointSource, CheckpointSink]:
+        from pissa_core.adapters import open_sink, open_source, staging_digest
+
+        source = open_source(self.model)
+        where = str(resolve_local(self.out)) if isinstance(self.out, LocalRef) else str(self.out)
+        sink = open_sink(self.out, digest=staging_digest(source, self.config, where))
+        sink.check(source)
+        return source, sink
+
+
+@dataclass(slots=True)
+class Follower:
+    """Turns the engine's events into progress and, at the end, a result."""
+
+    shown: Display
+    plan: Plan
+    began: float
+    pace: Pace = field(default_factory=Pace)
+    _matrices: int = 0
+    _sealed: int = 0
+    _in_shard: int = 0
+    _matrices_in_shard: int = 0
+    _published: Published | None = None
+    _marks: dict[str, float] = field(default_factory=dict)
+
+    def take(self, event: Event) -> None:
+        """Count one event and show how far the work is."""
+        match event:
+            case Planned():
+                self._marks["planning"] = time.monotonic()
+                self.pace = Pace()
+            case ShardStarted(resumed=resumed) if resumed:
+                self.shown.note(f"{event.shard}: {resumed} matrices are done already")
+            case MatrixDone(nbytes=nbytes):
+                self._matrices += 1
+                self._matrices_in_shard += 1
+                self._in_shard += nbytes
+                self.pace.add(0 if event.resumed else nbytes)
+            case ShardSealed():
+                self._seal(event)
+            case Publishing():
+                self._marks["shards"] = time.monotonic()
+            case Published():
+                self._marks["publishing"] = time.monotonic()
+                self._published = event
+        self.shown.show(self.snapshot())
+
+    def snapshot(self) -> Snapshot:
+        """Say how far the work is."""
+        if "shards" in self._marks:
+            return Snapshot("publishing")
+        total = sum(shard.size for shard in self.plan.shards)
+        done = self._sealed + self._in_shard
+        return Snapshot(
+            label="converting",
+            noun="matrices",
+            done=self._matrices,
+            total=len(self.plan.matrices),
+            nbytes=done,
+            total_nbytes=total,
+            rate=self.pace.rate(),
+            left_s=self.pace.left_s(total - done),
+        )
+
+    def result(self) -> Result:
+        """Return the result.
+
+        Raises:
+            PissaError: if the engine ended without publishing, which it never should.
+        """
+        if self._published is None:
+            raise PissaError("the conversion ended without a result")
+        marks = [self.began, *self._marks.values()]
+        spans = (later - sooner for sooner, later in pairwise(marks))
+        return Result(
+            output=self._published.ref,
+            totals=dict(self._published.manifest["totals"]),
+            seconds=marks[-1] - marks[0],
+            phase_seconds=dict(zip(self._marks, spans, strict=True)),
+            peak_memory_bytes=peak_memory_bytes(),
+            model_class=self.plan.model_class,
+        )
+
+    def _seal(self, event: ShardSealed) -> None:
+        # Matrices of a shard sealed by an earlier run come with no events of their own.
+        self._matrices += event.matrices - self._matrices_in_shard
+        self.pace.add(0 if event.resumed else max(event.nbytes - self._in_shard, 0))
+        self._sealed += event.nbytes
+        self._in_shard = self._matrices_in_shard = 0
