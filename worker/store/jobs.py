@@ -6,26 +6,24 @@ import hashlib
 import json
 import secrets
 import shutil
-import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from pissa_core.errors import InvalidRequest
-from worker.contract import BaseToPissa, EventType, Job, JobEvent, JobRequest, Status
+from worker.contract import BaseToPissa, Job, JobEvent, JobRequest, Status
 from worker.errors import (
     Conflict,
     IdempotencyMismatch,
     JobNotFound,
-    PlanTimeout,
-    error_from,
 )
 from worker.places import Storages, queue_names
 from worker.settings import Settings
 from worker.store.connection import Connection
-from worker.store.events import FINAL, Events
+from worker.store.events import Events
 from worker.store.manifest import rows_so_far
+from worker.store.plans import wait_for_plan
 from worker.store.records import WorkerInfo, as_job
 from worker.vault import Vault
 
@@ -228,24 +226,7 @@ class JobStore:
             PlanTimeout: if it is not there in time; asking again goes on waiting.
             PissaError: what the planner met.
         """
-        deadline = time.monotonic() + timeout_s
-        while (left := deadline - time.monotonic()) > 0:
-            for event in self._events.wait(plan_id, "0-0", left):
-                if event.type is EventType.FAILED:
-                    data = event.data
-                    raise error_from(data["code"], data["message"], data.get("hint"))
-                if event.type in FINAL:
-                    return self._plan(plan_id)
-        raise PlanTimeout(
-            f"no plan was made within {timeout_s:g} s",
-            hint="the planner is busy or no worker runs; ask again, or submit the job: it waits",
-        )
-
-    def _plan(self, plan_id: str) -> dict[str, Any]:
-        client = self.connection.client
-        text = self.connection.ask(lambda: client.hget(f"pissa:job:{plan_id}", "result"))
-        plan: dict[str, Any] = json.loads(str(text))
-        return plan
+        return wait_for_plan(self.connection, self._events, plan_id, timeout_s)
 
     def _submit(self, job_id: str, request: JobRequest, **fields: Any) -> dict[str, Any]:
         plan_queue, work_queue = queue_names(request, self._shared)
