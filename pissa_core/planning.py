@@ -75,7 +75,7 @@ def make_plan(
 
 def accepted_config(config: PissaConfig) -> dict[str, Any]:
     """Return the config as JSON data with every default filled in; `parse_config` reads it."""
-    return {**config.model_dump(mode="json"), "lora_alpha": config.alpha}
+    return config.model_dump(mode="json")
 
 
 def matrix_bytes(matrix: Matrix, method: str) -> int:

@@ -115,6 +115,14 @@ class PissaConfig(_Frozen):
             )
         return {**data, "svd": {**given, **implied}, "init_lora_weights": None}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_alpha(cls, data: Any) -> Any:
+        """Take the rank for `lora_alpha` where none is given, so that what is shown says so."""
+        if not isinstance(data, Mapping) or data.get("lora_alpha") is not None:
+            return data
+        return {**data, "lora_alpha": data.get("rank", DEFAULT_RANK)}
+
     @model_validator(mode="after")
     def _check_together(self) -> PissaConfig:
         if isinstance(self.target_modules, list) and not self.target_modules:
@@ -150,7 +158,7 @@ class PissaConfig(_Frozen):
 
     @property
     def alpha(self) -> int | float:
-        """`lora_alpha`, or the rank where none was given (scaling 1)."""
+        """`lora_alpha`, which is the rank where none was given (scaling 1)."""
         return self.rank if self.lora_alpha is None else self.lora_alpha
 
     def scaling(self, rank: int, alpha: int | float) -> float:

@@ -26,6 +26,12 @@ def test_an_accepted_config_is_accepted_again_unchanged(data):
     assert parse_config(config.model_dump(mode="json")) == config
 
 
+def test_alpha_is_the_rank_unless_given():
+    assert parse_config({"rank": 8}).model_dump()["lora_alpha"] == 8
+    assert parse_config({"rank": 8, "lora_alpha": 3}).model_dump()["lora_alpha"] == 3
+    assert PissaConfig(rank=4).lora_alpha == 4
+
+
 def test_scaling_is_pefts():
     assert parse_config({"lora_alpha": 32}).scaling(16, 32) == 2.0
     assert parse_config({"use_rslora": True}).scaling(16, 32) == 32 / math.sqrt(16)
