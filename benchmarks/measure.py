@@ -26,7 +26,8 @@ class Measured:
 
     Attributes:
         peak_bytes: the largest resident set of one process of the tree as the kernel counted it,
-            or of the whole tree as sampled, whichever is more. Mapped files count.
+            or of the whole tree as sampled (pages shared between processes counted once),
+            whichever is more. Mapped files count.
         peak_anonymous_bytes: the tree's peak without mapped files, sampled.
     """
 
@@ -88,14 +89,21 @@ def _watch(pid: int, peaks: dict[str, int], ended: threading.Event) -> None:
         except psutil.Error:
             return
         for process in tree:
-            try:
-                memory = process.memory_info()
-            except psutil.Error:
-                continue
-            resident += memory.rss
-            anonymous += memory.rss - memory.shared
+            proportional, without_files = _proportional_set(process.pid)
+            resident += proportional
+            anonymous += without_files
         peaks["resident"] = max(peaks["resident"], resident)
         peaks["anonymous"] = max(peaks["anonymous"], anonymous)
+
+
+def _proportional_set(pid: int) -> tuple[int, int]:
+    """Return a process's share of the memory it maps, all of it and what is anonymous."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:  # it ended meanwhile
+        return 0, 0
+    sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines[1:]}
+    return sizes["Pss:"], sizes["Pss_Anon:"] + sizes["Pss_Shmem:"]
 
 
 def machine(device: str = "cpu") -> dict[str, object]:
