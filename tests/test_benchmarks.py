@@ -95,11 +95,24 @@ def test_the_optimal_adapter_misses_nothing_and_a_worse_one_what_it_misses(load,
     assert 0 < lost["missed"] < lost["worst_missed"]
 
 
+# Both children hold their memory at the same time, for a second.
+TWO_CHILDREN = """
+import subprocess, sys, time
+code = "x = bytearray(150_000_000); print(flush=True); input()"
+pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+children = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
+for child in children:
+    child.stdout.readline()
+time.sleep(1)
+for child in children:
+    child.communicate(b"go on")
+print("said")
+"""
+
+
 def test_peak_memory_is_that_of_the_whole_tree(load):
     measure = load("measure")
-    child = "x = bytearray(150_000_000); import time; time.sleep(0.5)"
-    parent = f"import subprocess, sys; p = [subprocess.Popen([sys.executable, '-c', {child!r}]) for _ in range(2)]; [q.wait() for q in p]; print('said')"  # noqa: E501
-    measured = measure.run_measured([sys.executable, "-c", parent])
+    measured = measure.run_measured([sys.executable, "-c", TWO_CHILDREN])
     assert measured.stdout == "said\n"
     assert 300_000_000 < measured.peak_bytes < 450_000_000
     assert measured.peak_anonymous_bytes > 290_000_000
