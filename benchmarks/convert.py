@@ -103,9 +103,18 @@ def record(name: str, rank: int, runs: list[Measured], quality: dict | None) -> 
         "peak_bytes": max(run.peak_bytes for run in runs),
         "peak_anonymous_bytes": max(run.peak_anonymous_bytes for run in runs),
         "quality": quality,
+        "work_s": statistics.median(work_seconds(run) for run in runs),
         "runs": [{k: v for k, v in asdict(run).items() if k != "stdout"} for run in runs],
-        "said": json.loads(runs[0].stdout) if name.startswith("PEFT") else None,
     }
+
+
+def work_seconds(run: Measured) -> float:
+    """Return the time without imports and planning, as the process itself told it."""
+    if not run.stdout.startswith("{"):
+        return run.wall_s
+    said = json.loads(run.stdout)
+    phases = said.get("phase_seconds", said)
+    return sum(seconds for phase, seconds in phases.items() if phase not in ("import", "planning"))
 
 
 def judge(bench: Bench, source: Path, adapter: Path, rank: int) -> dict:

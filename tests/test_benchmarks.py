@@ -132,7 +132,8 @@ def test_peft_as_a_contender_and_its_figures(load, tiny, tmp_path):
     copied, peft, ours = convert.compare(bench, tiny, 4, contenders)
     assert not (tmp_path / "out").exists()
     assert copied["quality"] is None
-    assert set(peft["said"]) == {"import", "load", "init", "save"}
+    for record in (copied, peft, ours):
+        assert 0 < record["work_s"] <= record["wall_s"]
     # PEFT rounds its factors to bfloat16, ours are float32: that is all that differs here.
     assert 0 < peft["quality"]["missed"] < 1e-2
     assert ours["quality"]["missed"] < 1e-4
@@ -141,7 +142,7 @@ def test_peft_as_a_contender_and_its_figures(load, tiny, tmp_path):
 def test_the_summary_has_a_row_a_contender(load):
     summary = load("summary")
     record = {
-        "rank": 16, "contender": "PEFT pissa_niter_16", "wall_s": 20.0, "cpu_s": 30.0,
+        "rank": 16, "contender": "PEFT pissa_niter_16", "wall_s": 20.0, "cpu_s": 30.0, "work_s": 15.0,
         "peak_bytes": 2e9, "peak_anonymous_bytes": 1e9,
         "quality": {"missed": 1e-3, "worst_sigma_error": 4e-2},
     }  # fmt: skip
