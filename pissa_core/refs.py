@@ -80,9 +80,16 @@ def resolve_local(ref: LocalRef, root: Path | None = None) -> Path:
 
     Raises:
         OutsideLocalRoot: if the path, its symlinks followed, leaves `root`.
+        InvalidReference: if it names the home of nobody, or symlinks that go round in a circle.
     """
     if root is None:
-        return Path(ref.path).expanduser().resolve()
+        try:
+            return Path(ref.path).expanduser().resolve()
+        except (OSError, RuntimeError) as error:
+            raise InvalidReference(
+                f"{ref.path!r} cannot be made an absolute path: {str(error).rstrip('.')}",
+                hint="write the path from the root on: /home/…",
+            ) from error
     real_root = root.resolve()
     # The home of the service's own user is none of the caller's business: "~" stays a name.
     real = Path(os.path.realpath(real_root / ref.path))

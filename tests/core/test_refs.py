@@ -96,6 +96,11 @@ def test_a_tilde_is_no_home_for_strangers(tmp_path):
     assert resolve_local(LocalRef("~/x"), tmp_path) == tmp_path / "~" / "x"
 
 
+def test_the_home_of_nobody_is_refused():
+    with pytest.raises(InvalidReference, match=r"cannot be made an absolute path: .* home"):
+        resolve_local(LocalRef("~nobody-of-this-name/model"))
+
+
 def test_asking_loads_no_torch():
     code = "import sys, pissa_core.spec, pissa_core.refs, pissa_core.errors\n"
     code += "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
