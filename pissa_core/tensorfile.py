@@ -92,7 +92,11 @@ class PatchFile:
             flags |= os.O_CREAT | os.O_TRUNC
         self._fd = os.open(path, flags, 0o644)
         if create_size:
-            reserve(self._fd, create_size)
+            try:
+                reserve(self._fd, create_size)
+            except OSError:
+                os.close(self._fd)
+                raise
 
     def __enter__(self) -> PatchFile:
         return self

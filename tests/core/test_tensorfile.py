@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -51,6 +54,17 @@ def test_reading_past_the_end_is_an_error_not_zeros(tmp_path):
     (tmp_path / "f").write_bytes(b"12345")
     with PatchFile(tmp_path / "f") as file, pytest.raises(EOFError, match="byte 5"):
         file.read_into(3, memoryview(bytearray(4)))
+
+
+def test_a_file_that_finds_no_room_is_closed_again(tmp_path, monkeypatch):
+    def full(fd: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pissa_core.tensorfile.reserve", full)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="No space"):
+        PatchFile(tmp_path / "part", create_size=10)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_strided_tensor_has_no_bytes_in_one_piece():
