@@ -21,7 +21,7 @@ from pissa_core.errors import (
     QuantizedCheckpoint,
     UnsafePath,
 )
-from pissa_core.layout.header import Shard, TensorInfo, read_header
+from pissa_core.layout.header import Shard, TensorInfo, encodable, read_header
 from pissa_core.layout.sidefiles import CARD, OWN_NAMES, is_other_weights, sort_out
 from pissa_core.ports import CheckpointSource
 
@@ -83,6 +83,7 @@ def read_layout(source: CheckpointSource) -> Layout:
     files = source.files()
     for path in files:
         _check_path(path, "a file of the checkpoint")
+        _check_spelling(path)
     config = _read_config(source)
     weights = _find_weights(source, config)
     if config is None:
@@ -274,6 +275,15 @@ def _read_object(source: CheckpointSource, path: str, largest: int) -> dict[str,
 def _check_named_path(path: str, where: str) -> None:
     """Check a path that a file names: no backslash either, which separates on Windows."""
     _check_path(path, where, forbidden="\0\\")
+
+
+def _check_spelling(path: str) -> None:
+    """Refuse a name whose bytes are no text: no manifest, answer or terminal could show it."""
+    if not encodable(path):
+        raise UnsafePath(
+            f"the checkpoint has a file whose name is not valid Unicode, {path[:200]!r}",
+            hint="rename the file, or remove it if it is no part of the model",
+        )
 
 
 def _check_path(path: str, where: str, *, forbidden: str = "\0") -> None:

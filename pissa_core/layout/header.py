@@ -177,14 +177,14 @@ def _whole_number(digits: str) -> int:
 
 def _check_metadata(metadata: Any, path: str) -> None:
     if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) and _encodable(key) and _encodable(value)
+        isinstance(value, str) and encodable(key) and encodable(value)
         for key, value in metadata.items()
     ):
         raise _invalid(path, "__metadata__ is not an object of strings")
 
 
 def _entry(name: str, entry: Any, path: str, begin: int) -> TensorInfo:
-    if not name or not _encodable(name):
+    if not name or not encodable(name):
         raise _invalid(path, f"the tensor name {name!r} is empty or not valid Unicode")
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         raise _invalid(path, f"{_shown(name)} has not exactly dtype, shape and data_offsets")
@@ -236,7 +236,8 @@ def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _encodable(text: str) -> bool:
+def encodable(text: str) -> bool:
+    """Say whether a text can be written as UTF-8."""
     # A lone surrogate, "\ud800", passes Python's JSON reader and no other.
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 

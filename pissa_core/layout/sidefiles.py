@@ -40,6 +40,7 @@ _TOOL_FOLDERS = {".cache", ".git", "original", "__pycache__"}
 _ADAPTERS = {"adapter_config.json", "adapter_model.safetensors"}
 _WEIGHT_INDEX = tuple(f"{suffix}.index" for suffix in (*OTHER_FORMATS, ".safetensors"))
 _MODULES = "modules.json"
+_ROOT = str(PurePosixPath(""))  # where the model itself lies, so no module's own folder
 _LARGEST_MODULES = 1 << 20
 
 
@@ -88,4 +89,5 @@ def _module_folders(source: CheckpointSource, files: Mapping[str, object]) -> fr
         paths = [module["path"] for module in modules]
     except (ValueError, TypeError, KeyError, RecursionError):
         return frozenset()
-    return frozenset(path for path in paths if isinstance(path, str) and path)
+    folders = {str(PurePosixPath(path)) for path in paths if isinstance(path, str)}
+    return frozenset(folders - {_ROOT})

@@ -191,6 +191,15 @@ def test_the_further_modules_of_a_sentence_transformer_go_along():
     assert found.left_out == ("3/model.safetensors", "onnx/model.onnx")
 
 
+@pytest.mark.parametrize("root", ["", ".", "./"])
+def test_a_module_that_is_the_model_itself_opens_no_door_to_other_weights(root):
+    modules = json.dumps([{"path": root}, {"path": "2_Dense/"}]).encode()
+    more = {"modules.json": modules, "2_Dense/model.safetensors": b"x"}
+    found = layout(single(**more, **{"pytorch_model.bin": b"x"}))
+    assert set(found.side_files) == {"config.json", *more}
+    assert found.left_out == ("pytorch_model.bin",)
+
+
 @pytest.mark.parametrize(
     "modules", [b"", b"{}", b'{"a": 1}', b"[1]", b"[{}]", b"\xff", b"[" * 9999]
 )
@@ -336,6 +345,11 @@ def test_an_index_that_names_what_is_no_shard(path):
 def test_files_outside_the_checkpoint_are_refused():
     with pytest.raises(UnsafePath, match=r"a file of the checkpoint names '\.\./escape'"):
         layout(single(**{"../escape": b""}))
+
+
+def test_names_that_are_no_text_are_refused():
+    with pytest.raises(UnsafePath, match=r"not valid Unicode, '\\udcff\.txt'"):
+        layout(single(**{"\udcff.txt": b""}))
 
 
 def test_a_shard_cut_short_is_named():
