@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -98,13 +99,14 @@ def _split(module: str) -> tuple[str, int]:
 
 
 def _shortest_endings(kinds: set[str]) -> dict[str, str]:
-    endings = {}
-    for kind in kinds:
-        parts = kind.split(".")
-        others = [other.split(".") for other in kinds if other != kind]
-        length = next(
-            (n for n in range(1, len(parts)) if all(o[-n:] != parts[-n:] for o in others)),
-            len(parts),
-        )
-        endings[kind] = ".".join(parts[-length:])
-    return endings
+    shared = Counter(ending for kind in kinds for ending in _endings(kind))
+    return {
+        kind: next((ending for ending in _endings(kind) if shared[ending] == 1), kind)
+        for kind in kinds
+    }
+
+
+def _endings(kind: str) -> list[str]:
+    """Return the endings of a path, shortest first."""
+    parts = kind.split(".")
+    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
