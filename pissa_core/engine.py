@@ -177,7 +177,10 @@ def _decompose(
             adapter_dtype=getattr(torch, config.adapter_dtype),
         )
     except NonFiniteWeight as error:
-        raise NonFiniteWeight(f"{matrix.tensor}: {error.message}", hint=error.hint) from error
+        where = " of its transpose" if matrix.transposed else ""
+        raise NonFiniteWeight(
+            f"{matrix.tensor}: {error.message}{where}", hint=error.hint
+        ) from error
     except (MemoryError, RuntimeError) as error:
         if not _ran_out_of_memory(error):
             raise

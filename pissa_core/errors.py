@@ -213,7 +213,7 @@ class HeaderInvalid(CheckpointError):
 
 
 class UnsafePath(CheckpointError):
-    """A file name in the checkpoint that points outside its folder."""
+    """A file name in the checkpoint that points outside its folder, or is no text."""
 
     code = "unsafe_path"
 
@@ -293,7 +293,7 @@ class OutputIsSource(OutputError):
 
 
 class OutputInsideSource(OutputError):
-    """The output lies inside the source, or the source inside the output."""
+    """The output lies inside the source."""
 
     code = "output_inside_source"
 

@@ -22,6 +22,7 @@ from pissa_core.plan import CarriedTensor, Matrix, Plan, ShardPlan
 from pissa_core.ports import CheckpointSource, Seal
 from pissa_core.tensorfile import CHUNK, Entry, Header, PatchFile, empty, make_header, memory_of
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -151,6 +152,8 @@ def _lay_out(
     folder: Path, plan: Plan, shard: ShardPlan, source: CheckpointSource, header: Header
 ) -> None:
     """Fetch the private copy and reserve the part; the journal appears when both are durable."""
+    for name in ("journal", "shard", "part"):
+        (folder / name).unlink(missing_ok=True)  # may be linked to what has been sealed
     holes = [(matrix.start, matrix.stop) for matrix in shard.matrices]
     source.fetch(shard.path, folder / "shard", holes=holes)
     with PatchFile(folder / "shard") as copy:
@@ -167,7 +170,7 @@ def _lay_out(
 
 def _can_go_on(folder: Path, shard: ShardPlan, header: Header) -> bool:
     """Whether a dead attempt left a journal, and all that no journal line covers is intact."""
-    if not (folder / "journal").exists():
+    if not all((folder / name).is_file() for name in ("journal", "shard", "part")):
         return False
     first = next(_whole_lines(folder / "journal"), {})
     sizes = (folder / "shard").stat().st_size, (folder / "part").stat().st_size
@@ -203,22 +206,23 @@ class _Journal:
     """Lines of JSON: which matrices an attempt began, and which it finished with what checksums.
 
     It is not synced line by line. A killed process loses nothing, since the kernel keeps what
-    was written; after a crash of the machine (another boot id) lines may be missing, so every
-    unfinished matrix then counts as begun. Finished ones are always verified.
+    was written; after a crash of the machine (another boot id, or none known) lines may be
+    missing, so every unfinished matrix then counts as begun. Finished ones are always verified.
     """
 
     def __init__(self, path: Path) -> None:
         lines = list(_whole_lines(path))
         self.finished = {line["done"]: line for line in lines if "done" in line}
         self._begun = {line["begin"] for line in lines if "begin" in line}
-        self._other_boot = not lines or lines[0].get("boot") != _boot_id()
+        boot = _boot_id()
+        self._same_boot = bool(lines) and boot is not None and lines[0].get("boot") == boot
         self._lock = threading.Lock()
         self._file = path.open("a")
         self._file.write("\n")  # ends a line that a kill cut short
 
     def untouched(self, tensor: str) -> bool:
         """Whether the range of a tensor in the private copy still holds the original."""
-        return not self._other_boot and tensor not in self._begun
+        return self._same_boot and tensor not in self._begun
 
     def begin(self, tensor: str) -> None:
         """Note that the range of a tensor is about to be overwritten."""
@@ -241,7 +245,8 @@ class _Journal:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for text in path.read_text().splitlines():
+    # After a crash of the machine there may be any bytes in it.
+    for text in path.read_text(errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
@@ -250,9 +255,8 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield line
 
 
-def _boot_id() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else "unknown"
+def _boot_id() -> str | None:
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else None
 
 
 def _part_ends(header: Header) -> dict[str, int]:

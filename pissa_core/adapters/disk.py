@@ -8,30 +8,35 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pissa_core.errors import DiskFull
+from pissa_core.errors import DiskFull, NoWriteAccess
 from pissa_core.ports import ByteRange, FileInfo
 from pissa_core.tensorfile import CHUNK, reserve
 
 _FICLONE = 0x40049409
-_NO_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn "no space left" into `DiskFull`, naming the disk; other errors pass."""
+    """Turn a full disk and a forbidden write into our errors, naming `where`; others pass."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise DiskFull(
-            f"the disk of {where} is full",
-            hint="free some space and run the same again: it resumes",
-        ) from error
+        if error.errno in _FULL:
+            raise DiskFull(
+                f"the disk of {where} is full",
+                hint="free some space and run the same again: it resumes",
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise NoWriteAccess(
+                f"{where} cannot be written ({error.strerror})",
+                hint="choose a folder you may write to",
+            ) from error
+        raise
 
 
 def private_copy(source_fd: int, destination: Path, holes: Sequence[ByteRange] = ()) -> None:
@@ -63,9 +68,7 @@ def outside(holes: Sequence[ByteRange], size: int) -> Iterator[ByteRange]:
 def _clone(source_fd: int, copy_fd: int) -> bool:
     try:
         fcntl.ioctl(copy_fd, _FICLONE, source_fd)
-    except OSError as error:
-        if error.errno not in _NO_CLONE:
-            raise
+    except OSError:  # each file system and sandbox says no in its own way
         return False
     return True
 
@@ -80,11 +83,10 @@ def _copy_range(source_fd: int, copy_fd: int, start: int, stop: int) -> None:
 
 def _copy_some(source_fd: int, copy_fd: int, start: int, count: int) -> int:
     if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source_fd, copy_fd, count, start, start)
-        except OSError as error:
-            if error.errno not in _NO_CLONE:
-                raise
+        with suppress(OSError):
+            copied = os.copy_file_range(source_fd, copy_fd, count, start, start)
+            if copied:  # some network disks answer 0 for "not here", too
+                return copied
     data = os.pread(source_fd, min(count, CHUNK), start)
     return os.pwrite(copy_fd, data, start)
 
@@ -124,6 +126,22 @@ def create_once(path: Path, content: bytes) -> bool:
     return True
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file with its whole content in the place of what is there, durably."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    write_stream(temporary, [content])
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -142,12 +160,14 @@ def try_lock(path: Path) -> int | None:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
         os.close(fd)
-        return None
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
     return fd
 
 
 def identity_of(stat: os.stat_result) -> tuple[int, ...]:
-    """Return what stays the same while nobody writes a file: size, time of change, inode."""
+    """Return what stays the same while nobody writes a file: size, modification time, inode."""
     return (stat.st_size, stat.st_mtime_ns, stat.st_ino)

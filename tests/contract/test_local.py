@@ -8,18 +8,23 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from places import publication, seal_attempt, seal_in
 
+from pissa_core.adapters import open_source
 from pissa_core.adapters.disk import disk_errors, outside
 from pissa_core.adapters.local import LocalSink, LocalSource
 from pissa_core.errors import (
     Cancelled,
     DiskFull,
     FolderNotFound,
+    InvalidReference,
+    NoReadAccess,
     NoWriteAccess,
     OutputExists,
     OutputInsideSource,
@@ -27,6 +32,9 @@ from pissa_core.errors import (
     OutsideLocalRoot,
     SourceChanged,
 )
+from pissa_core.refs import LocalRef
+
+NOBODY = 65534
 
 HOLD = """
 import sys, time
@@ -196,6 +204,259 @@ def test_what_staging_holds_counts_as_free(tmp_path):
         (attempt.folder / "journal").write_bytes(os.urandom(64 << 20))
         taken = sink.free_bytes() - shutil.disk_usage(tmp_path).free
     assert taken >= 64 << 20
+
+
+def test_a_file_with_several_names_counts_once(tmp_path):
+    sink = LocalSink(tmp_path / "out", digest="d")
+    with sink.attempt("model.safetensors") as attempt:
+        (attempt.folder / "journal").write_bytes(os.urandom(8 << 20))
+        before = sink.free_bytes() - shutil.disk_usage(tmp_path).free
+        os.link(attempt.folder / "journal", attempt.folder / "again")
+        after = sink.free_bytes() - shutil.disk_usage(tmp_path).free
+    assert after < before + (4 << 20)
+
+
+def test_room_is_looked_for_where_staging_lies(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    asked = []
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(path))
+    LocalSink(tmp_path / "out", digest="d").free_bytes()
+    assert asked == [tmp_path]
+
+
+def test_killed_before_the_record_of_a_seal_the_scratch_is_whole(tmp_path, monkeypatch):
+    sink = LocalSink(tmp_path / "out", digest="d")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with sink.attempt("model.safetensors") as attempt, monkeypatch.context() as patched:
+        (attempt.folder / "journal").write_text("all done")
+        patched.setattr("pissa_core.adapters.local.scratch.create_once", killed)
+        with pytest.raises(KeyboardInterrupt):
+            seal_attempt(attempt)
+    assert sink.seal_of("model.safetensors") is None
+    with sink.attempt("model.safetensors") as attempt:
+        kept = {path.name for path in attempt.folder.iterdir()}
+        assert kept == {"lock", "journal", "shard", "part"}
+        seal_attempt(attempt)
+    assert sink.seal_of("model.safetensors") is not None
+
+
+def test_scratch_is_never_adopted_while_it_is_being_removed(tmp_path, monkeypatch):
+    sink = LocalSink(tmp_path / "out", digest="d")
+    seen = []
+    rmtree = shutil.rmtree
+
+    def remove(folder: Path, **options: bool) -> None:
+        # The worst order: the lock goes first, and another attempt looks around.
+        (folder / "lock").unlink()
+        with LocalSink(tmp_path / "out", digest="d").attempt("model.safetensors") as other:
+            seen.append((other.folder / "journal").exists())
+            monkeypatch.setattr(shutil, "rmtree", rmtree)
+        rmtree(folder, **options)
+
+    with sink.attempt("model.safetensors") as attempt:
+        (attempt.folder / "journal").write_text("all done")
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        seal_attempt(attempt)
+    assert seen == [False]
+
+
+def test_the_second_to_publish_the_same_result_has_published_it(tmp_path):
+    slow, quick = (LocalSink(tmp_path / "out", digest="d") for _ in range(2))
+    seal_in(quick)
+
+    def overtaken():
+        quick.publish(publication())
+        yield b"onetwo"
+
+    slow.publish(publication(streams={"init/adapter.bin": overtaken}))
+    assert slow.published() == (tmp_path / "out" / "manifest.json").read_bytes()
+    assert not list(tmp_path.glob(".out.*/tree-*"))
+
+
+@pytest.mark.parametrize("when", ["before the links", "after the links"])
+def test_what_is_discarded_while_it_is_published_does_not_appear(tmp_path, when):
+    sink = LocalSink(tmp_path / "out", digest="d")
+    seal_in(sink)
+
+    def discarding():
+        LocalSink(tmp_path / "out", digest="d").discard()
+        yield b"onetwo"
+
+    contents = publication(streams={"init/adapter.bin": discarding})
+    if when == "before the links":
+        sink.discard()
+    with pytest.raises(Cancelled, match="discarded"):
+        sink.publish(contents)
+    assert list(tmp_path.iterdir()) == []
+
+
+PUBLISH = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from places import publication
+from pissa_core.adapters.local import LocalSink
+def killed():
+    yield b"begun"
+    os.kill(os.getpid(), 9)
+LocalSink(Path(sys.argv[1]), digest="d").publish(publication(streams={"big": killed}))
+"""
+
+
+def test_trees_of_killed_publications_do_not_pile_up(tmp_path):
+    sink = LocalSink(tmp_path / "out", digest="d")
+    seal_in(sink)
+    for _ in range(2):
+        here = str(Path(__file__).parent)
+        subprocess.run([sys.executable, "-c", PUBLISH, str(tmp_path / "out"), here], check=False)
+        assert len([path for path in tmp_path.glob(".out.*/tree-*") if path.is_dir()]) == 1
+    sink.publish(publication())
+    assert not list(tmp_path.glob(".out.*/tree-*"))
+
+
+def test_folders_on_the_way_to_a_seal_are_durable(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("pissa_core.adapters.disk.sync_folder", synced.append)
+    seal_in(LocalSink(tmp_path / "deep" / "out", digest="d"))
+    (sealed,) = tmp_path.glob("deep/.out.*/sealed/*")
+    assert {tmp_path, tmp_path / "deep", sealed.parent.parent, sealed.parent} <= set(synced)
+
+
+@pytest.mark.parametrize("name", ["o" * 255, "ü" * 127, "with\nnewline and 'quotes' \U0001f600"])
+def test_outputs_may_have_any_name_a_disk_takes(folder, tmp_path, name):
+    sink = LocalSink(tmp_path / name, digest="d")
+    sink.check(LocalSource(folder))
+    seal_in(sink)
+    sink.publish(publication())
+    assert (tmp_path / name / "manifest.json").exists()
+
+
+def test_shards_may_have_any_name_a_disk_takes(tmp_path):
+    sink = LocalSink(tmp_path / "out", digest="d")
+    for name in ("s" * 255, "\U0001f600" * 63, "a/" * 200 + "s"):
+        assert sink.seal_of(name) is None
+        with sink.attempt(name):
+            pass
+
+
+def test_a_name_too_long_is_refused_before_work(folder, tmp_path):
+    with pytest.raises(NoWriteAccess, match="too long"):
+        LocalSink(tmp_path / ("o" * 256), digest="d").check(LocalSource(folder))
+
+
+def test_a_mount_point_is_refused_before_work(folder, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    with pytest.raises(NoWriteAccess, match="mount point") as caught:
+        LocalSink(tmp_path / "out", digest="d").check(LocalSource(folder))
+    assert str(tmp_path / "out" / "model") in caught.value.hint
+
+
+@pytest.fixture
+def commons() -> Iterator[Path]:
+    """A folder of an ordinary user's, while this process is that user."""
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name)
+        (made / "model").mkdir()
+        (made / "model" / "config.json").write_text("{}")
+        (made / "closed" / "out").mkdir(parents=True)
+        (made / "closed").chmod(0o555)
+        root = os.geteuid() == 0
+        if root:
+            for path in (made, *made.rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, 0)
+        try:
+            yield made
+        finally:
+            if root:
+                os.setresuid(0, 0, 0)
+            for path in (made / "closed", made / "model"):
+                path.chmod(0o755)
+
+
+def test_an_empty_folder_that_cannot_be_replaced_is_refused(commons):
+    with pytest.raises(NoWriteAccess, match="nothing can be written"):
+        LocalSink(commons / "closed" / "out", digest="d").check(LocalSource(commons / "model"))
+
+
+def test_a_folder_that_may_not_be_read_is_said_so(commons):
+    (commons / "model").chmod(0)
+    for folder in (commons / "model", commons / "model" / "inner"):
+        with pytest.raises(NoReadAccess, match=r"/(model|inner) may not be read"):
+            LocalSource(folder)
+    with pytest.raises(NoWriteAccess, match="cannot be written"):
+        LocalSink(commons / "model" / "out", digest="d").check(LocalSource(commons / "closed"))
+
+
+def test_a_part_of_a_model_that_may_not_be_read_is_not_passed_over(commons):
+    (commons / "model" / "inner").mkdir(mode=0)
+    with pytest.raises(NoReadAccess, match="inner may not be read"):
+        LocalSource(commons / "model")
+
+
+def test_staging_that_may_not_be_made_is_said_so(commons):
+    with pytest.raises(NoWriteAccess, match="cannot be written"):
+        seal_in(LocalSink(commons / "closed" / "out", digest="d"))
+
+
+def test_a_circle_of_symlinks_is_no_folder(tmp_path):
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    # Which of the two depends on the version of Python, whose newer ones resolve a circle.
+    with pytest.raises((InvalidReference, FolderNotFound), match="circle"):
+        open_source(LocalRef(str(tmp_path / "circle")))
+
+
+def test_a_path_no_disk_takes_is_a_missing_folder(tmp_path):
+    with pytest.raises(FolderNotFound, match=r"does not exist \(file name too long\)"):
+        LocalSource(tmp_path / ("x" * 300))
+
+
+def test_a_file_that_changes_while_it_is_copied_is_noticed(folder, tmp_path, monkeypatch):
+    source = LocalSource(folder)
+
+    def copy_meanwhile(fd: int, destination: Path, holes: object) -> None:
+        (folder / "weights.bin").write_bytes(b"y" * 1000)
+        destination.write_bytes(b"half old, half new")
+
+    monkeypatch.setattr("pissa_core.adapters.local.source.private_copy", copy_meanwhile)
+    with pytest.raises(SourceChanged, match=r"weights\.bin .* was changed while"):
+        source.fetch("weights.bin", tmp_path / "copy")
+
+
+def test_a_file_cut_short_while_it_is_copied_is_a_changed_source(folder, tmp_path, monkeypatch):
+    source = LocalSource(folder)
+
+    def cut_short(*_: object) -> None:
+        raise EOFError("the file ends at byte 3")
+
+    monkeypatch.setattr("pissa_core.adapters.local.source.private_copy", cut_short)
+    with pytest.raises(SourceChanged, match=r"weights\.bin"):
+        source.fetch("weights.bin", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("answer", [errno.EPERM, errno.EXDEV, errno.EIO, None])
+def test_a_disk_that_copies_nothing_by_itself_is_served_by_bytes(
+    folder, tmp_path, monkeypatch, answer
+):
+    def refuse(*_: object) -> int:
+        if answer is None:
+            return 0
+        raise OSError(answer, os.strerror(answer))
+
+    def no_clone(*_: object) -> None:
+        raise OSError(answer or errno.EOPNOTSUPP, "no clones here")
+
+    monkeypatch.setattr("pissa_core.adapters.disk.fcntl.ioctl", no_clone)
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    content = os.urandom(100_000)
+    (folder / "weights.bin").write_bytes(content)
+    LocalSource(folder).fetch("weights.bin", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
 
 
 @pytest.mark.parametrize(

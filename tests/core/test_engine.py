@@ -165,7 +165,9 @@ def half_done(model: Path, tmp_path: Path) -> Path:
     return scratch
 
 
-@pytest.mark.parametrize("damage", ["factors", "residual", "header", "cut", "journal"])
+@pytest.mark.parametrize(
+    "damage", ["factors", "residual", "header", "cut", "journal", "noise", "shard", "part"]
+)
 def test_a_damaged_scratch_is_noticed_by_its_checksums(llama, tmp_path, damage):
     convert_to(llama, tmp_path / "out")
     undisturbed = checksums(tmp_path / "out")
@@ -187,8 +189,13 @@ def test_a_damaged_scratch_is_noticed_by_its_checksums(llama, tmp_path, damage):
     if damage == "journal":
         journal = (scratch / "journal").read_bytes()
         (scratch / "journal").write_bytes(journal[:-20])
+    if damage == "noise":
+        with (scratch / "journal").open("ab") as file:
+            file.write(b"\xff\x00" * 30)
     (scratch / "shard").write_bytes(shard)
     (scratch / "part").write_bytes(part)
+    if damage in ("shard", "part"):
+        (scratch / damage).unlink()
     convert_to(llama, tmp_path / "out")
     assert checksums(tmp_path / "out") == undisturbed
 
@@ -245,6 +252,28 @@ def tear(sink: MemorySink) -> int:
     return start
 
 
+@pytest.mark.parametrize("boot", ["another boot's", None])
+def test_after_a_crash_of_the_machine_no_range_counts_as_untouched(
+    llama, tmp_path, monkeypatch, boot
+):
+    contents = {path.name: path.read_bytes() for path in llama.iterdir()}
+    source, sink, runtime = Downloaded(contents), MemorySink(), Runtime(device="cpu", slots=1)
+    boot_id = tmp_path / "boot_id"
+    monkeypatch.setattr("pissa_core.workbench._BOOT_ID", boot_id)
+    if boot is not None:
+        boot_id.write_text("the first boot's")
+    course = convert(source, sink, parse_config({}), runtime)
+    finished = next(event for event in course if isinstance(event, MatrixDone))
+    course.close()
+    if boot is not None:
+        boot_id.write_text(boot)
+    source.reads.clear()
+    again = list(convert(source, sink, parse_config({}), runtime))
+    fresh = [e.row for e in again if isinstance(e, MatrixDone) and not e.resumed]
+    assert finished.row not in fresh
+    assert len(source.reads) == len(fresh) == 13
+
+
 def poison(folder: Path, value: float) -> None:
     def edit(tensors):
         tensors["model.layers.1.self_attn.v_proj.weight"][3, 7] = value
@@ -259,6 +288,17 @@ def test_a_weight_that_is_not_finite_is_named_with_its_index(llama, tmp_path, va
     with pytest.raises(NonFiniteWeight, match=r"layers\.1\.self_attn\.v_proj.*\[3, 7\]"):
         convert_to(llama, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_the_index_in_a_conv1d_says_that_it_counts_in_the_transpose(tmp_path):
+    def edit(tensors):
+        tensors["transformer.h.1.attn.c_attn.weight"][3, 70] = float("nan")
+        return tensors
+
+    model = tinymodels.save_model("gpt2", tmp_path / "model")
+    tinymodels.edit_tensors(model, edit)
+    with pytest.raises(NonFiniteWeight, match=r"c_attn\.weight: .*\[70, 3\] of its transpose$"):
+        convert_to(model, tmp_path / "out")
 
 
 REFUSED = [

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,15 +26,18 @@ class LocalAttempt:
     sealed: Path
 
     def seal(self, record: Seal, shard: Path, part: Path) -> None:
-        """Move both files under a token of our own, then write the one record that counts."""
+        """Link both files under a token of our own, then write the one record that counts.
+
+        The scratch stays whole until the record is there: a kill in between loses no matrix.
+        """
         token = secrets.token_hex(8)
         folder = self.sealed / token
         if not self.sealed.is_dir():
             raise Cancelled(f"the staging area of {record.shard} was discarded meanwhile")
         with disk_errors(self.sealed):
             folder.mkdir()
-            shard.rename(folder / "shard")
-            part.rename(folder / "part")
+            os.link(shard, folder / "shard")
+            os.link(part, folder / "part")
             sync_folder(folder)
             text = {
                 "token": token,
@@ -44,7 +48,7 @@ class LocalAttempt:
             ours = create_once(self.sealed / "seal.json", json.dumps(text).encode())
         if not ours:
             shutil.rmtree(folder)
-        shutil.rmtree(self.folder)
+        _remove(self.folder)
 
 
 def make_scratch(work: Path) -> tuple[Path, int]:
@@ -70,7 +74,7 @@ def adopt(work: Path) -> tuple[Path, int] | None:
         if adopted is None and (folder / "journal").exists():
             adopted = folder, lock
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             os.close(lock)
     return adopted
 
@@ -98,6 +102,13 @@ def discard_scratch(folder: Path) -> bool:
     lock = _lock_of(folder)
     if lock is None:
         return folder.exists()
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove(folder)
     os.close(lock)
     return False
+
+
+def _remove(folder: Path) -> None:
+    # Hidden first: once its lock is unlinked, another attempt would find a folder to adopt.
+    with suppress(OSError):
+        hidden = folder.rename(folder.with_name(f".{folder.name}"))
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -7,6 +7,7 @@ Everything is staged beside it, on the same disk::
       sealed/<shard>/<token>/    shard and part of the attempt that sealed
       sealed/<shard>/seal.json   which attempt that was, with checksums; made once
       tree-<token>/              the output, put together from hard links
+      tree-<token>.lock          held while it is being put together
       published.json             checksum of the manifest about to become visible
 """
 
@@ -25,11 +26,20 @@ from pissa_core.adapters.disk import (
     disk_errors,
     file_info,
     identity_of,
+    make_folder,
+    replace_file,
     sync_folder,
+    try_lock,
     write_stream,
 )
 from pissa_core.adapters.local.scratch import LocalAttempt, adopt, discard_scratch, make_scratch
-from pissa_core.errors import NoWriteAccess, OutputExists, OutputInsideSource, OutputIsSource
+from pissa_core.errors import (
+    Cancelled,
+    NoWriteAccess,
+    OutputExists,
+    OutputInsideSource,
+    OutputIsSource,
+)
 from pissa_core.ports import Attempt, CheckpointSource, FileInfo, Publication, Seal
 
 
@@ -41,7 +51,9 @@ class LocalSink:
     def __init__(self, folder: Path, *, digest: str) -> None:
         """Aim at `folder`; `digest` names the staging area beside it."""
         self._folder = folder
-        self._staging = folder.parent / f".{folder.name}.pissa-staging-{digest}"
+        # A name may have 255 bytes; the digest tells apart what is cut off here.
+        name = os.fsencode(folder.name)[:160].decode(errors="ignore")
+        self._staging = folder.parent / f".{name}.pissa-staging-{digest}"
 
     @property
     def ref(self) -> str:
@@ -66,17 +78,18 @@ class LocalSink:
                 f"the output {self._folder} lies inside the source {root}",
                 hint="name a folder outside the source",
             )
-        if self._occupied() and self.published() is None:
-            raise OutputExists(
-                f"{self._folder} exists and is not empty",
-                hint="name another folder, or remove this one first",
-            )
-        self._check_writable()
+        with disk_errors(self._folder):
+            if self._occupied() and self.published() is None:
+                raise OutputExists(
+                    f"{self._folder} exists and is not empty",
+                    hint="name another folder, or remove this one first",
+                )
+            self._check_writable()
 
     def free_bytes(self) -> int:
         """Free bytes of the disk that staging and output lie on, and what staging has already."""
-        free = shutil.disk_usage(_nearest_existing(self._folder)).free
-        return free + sum(_allocated(path) for path in self._staging.rglob("*"))
+        free = shutil.disk_usage(_nearest_existing(self._folder.parent)).free
+        return free + _allocated(self._staging)
 
     def seal_of(self, shard: str) -> Seal | None:
         """Read a shard's seal and check both files: unchanged since sealed, or checksums right."""
@@ -100,16 +113,17 @@ class LocalSink:
         """Open scratch of our own, taking over what a dead attempt left."""
         work = self._staging / "work" / _slug(shard)
         with disk_errors(self._folder):
-            work.mkdir(parents=True, exist_ok=True)
-            self._sealed(shard).mkdir(parents=True, exist_ok=True)
+            make_folder(work)
+            make_folder(self._sealed(shard))
             folder, lock = adopt(work) or make_scratch(work)
         try:
             yield LocalAttempt(folder, self._sealed(shard))
         finally:
-            if not (self._staging / "sealed").is_dir():  # discarded under us: leave nothing
+            discarded = self._discarded()
+            if discarded:  # under us: leave nothing
                 shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
-            if not (self._staging / "sealed").is_dir():
+            if discarded:
                 self.discard()
 
     def read_part(self, shard: str, start: int, stop: int) -> bytes:
@@ -134,10 +148,14 @@ class LocalSink:
         """Put the tree together from hard links, then rename it into place."""
         if self.published() is not None:
             return
-        tree = self._staging / f"tree-{secrets.token_hex(8)}"
-        with disk_errors(self._folder):
-            self._build(tree, contents)
+        with disk_errors(self._folder), self._tree() as tree:
+            try:
+                self._build(tree, contents)
+            except FileNotFoundError as error:
+                self._refuse_discarded(error)
+                raise
             _sync_tree(tree)
+            self._refuse_discarded()
             self._announce(tree, contents.marker)
             self._make_visible(tree)
 
@@ -147,8 +165,7 @@ class LocalSink:
         held = [discard_scratch(folder) for folder in sorted(work.glob("*/*"))]
         if not any(held):
             shutil.rmtree(work, ignore_errors=True)
-        for tree in self._staging.glob("tree-*"):
-            shutil.rmtree(tree, ignore_errors=True)
+        self._discard_trees()
         sealed = self._staging / "sealed"
         if keep_sealed and any(sealed.glob("*/seal.json")):
             return
@@ -176,14 +193,52 @@ class LocalSink:
         return os.path.lexists(self._folder)
 
     def _check_writable(self) -> None:
-        parent = _nearest_existing(self._folder)
+        if self._folder.is_mount():
+            raise NoWriteAccess(
+                f"{self._folder} is a mount point, which no rename can put a result in place of",
+                hint=f"name a folder inside it: {self._folder / 'model'}",
+            )
+        parent = _nearest_existing(self._folder.parent)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise NoWriteAccess(
                 f"nothing can be written in {parent}", hint="choose a folder you may write to"
             )
 
+    def _discarded(self) -> bool:
+        return not (self._staging / "sealed").is_dir()
+
+    def _refuse_discarded(self, cause: Exception | None = None) -> None:
+        if self._discarded():
+            raise Cancelled(f"the staging area of {self._folder} was discarded") from cause
+
+    @contextmanager
+    def _tree(self) -> Iterator[Path]:
+        """Make a folder to put the output together in; whatever is left of it goes at the end."""
+        self._discard_trees()
+        tree = self._staging / f"tree-{secrets.token_hex(8)}"
+        make_folder(self._staging)
+        lock = try_lock(tree.with_suffix(".lock"))
+        try:
+            tree.mkdir()
+            yield tree
+        finally:
+            shutil.rmtree(tree, ignore_errors=True)
+            tree.with_suffix(".lock").unlink(missing_ok=True)
+            if lock is not None:
+                os.close(lock)
+            if self._discarded():
+                self.discard()
+
+    def _discard_trees(self) -> None:
+        """Remove what publishing attempts left that are dead by now."""
+        for path in sorted(self._staging.glob("tree-*.lock")):
+            lock = try_lock(path)
+            if lock is not None:
+                shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                path.unlink(missing_ok=True)
+                os.close(lock)
+
     def _build(self, tree: Path, contents: Publication) -> None:
-        tree.mkdir(parents=True)
         files: dict[str, FileInfo] = {}
         for seal in contents.shards:
             self._link_shard(seal.shard, tree / seal.shard)
@@ -206,10 +261,7 @@ class LocalSink:
         # Written before the rename: a run killed right after it can tell its own result from
         # somebody else's folder.
         text = {"path": marker, "sha256": file_info(tree / marker).sha256}
-        path = self._staging / "published.json"
-        write_stream(path.with_suffix(".new"), [json.dumps(text).encode()])
-        path.with_suffix(".new").rename(path)
-        sync_folder(self._staging)
+        replace_file(self._staging / "published.json", json.dumps(text).encode())
 
     def _make_visible(self, tree: Path) -> None:
         try:
@@ -217,6 +269,8 @@ class LocalSink:
         except OSError as error:
             if not self._occupied():
                 raise
+            if self.published() is not None:  # by another attempt at the same result
+                return
             raise OutputExists(
                 f"{self._folder} was filled by something else while this ran",
                 hint="name another folder, or remove this one and run again",
@@ -226,8 +280,8 @@ class LocalSink:
 
 def _slug(shard: str) -> str:
     # Shards may lie in subfolders; a digest keeps names flat, short and apart.
-    readable = shard.rpartition("/")[2][:80]
-    return f"{readable}.{hashlib.sha256(shard.encode()).hexdigest()[:8]}"
+    readable = os.fsencode(shard.rpartition("/")[2])[:160].decode(errors="ignore")
+    return f"{readable}.{hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]}"
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -236,11 +290,14 @@ def _nearest_existing(path: Path) -> Path:
     return path
 
 
-def _allocated(path: Path) -> int:
-    try:
-        return path.lstat().st_blocks * 512
-    except FileNotFoundError:  # moved or removed by another attempt while we count
-        return 0
+def _allocated(folder: Path) -> int:
+    """Count the bytes of disk below a folder; a file with several names counts once."""
+    blocks = {}
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # moved or removed by another attempt while we count
+            stat = path.lstat()
+            blocks[stat.st_ino] = stat.st_blocks
+    return 512 * sum(blocks.values())
 
 
 def _sync_tree(tree: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from pissa_core.adapters.disk import disk_errors, identity_of, private_copy
@@ -19,6 +20,8 @@ from pissa_core.errors import (
 from pissa_core.ports import ByteRange, FileInfo
 from pissa_core.tensorfile import read_into_fd
 
+_HINT = "a model on the Hub is written org/name or hf://org/name"
+
 
 class LocalSource:
     """A folder, pinned by the sizes and modification times its files have when it is opened."""
@@ -28,14 +31,10 @@ class LocalSource:
 
     def __init__(self, folder: Path, *, root: Path | None = None) -> None:
         """List `folder`; with `root`, refuse files whose symlinks leave it."""
-        if not folder.is_dir():
-            kind = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise FolderNotFound(
-                f"the folder {folder} {kind}",
-                hint="a model on the Hub is written org/name or hf://org/name",
-            )
         self._folder = folder
-        self._stats = {path: identity_of((folder / path).stat()) for path in _walk(folder)}
+        with _access_errors(folder):
+            _check_folder(folder)
+            self._stats = dict(_walk(folder))
         if root is not None:
             self._refuse_escapes(root.resolve())
 
@@ -74,7 +73,10 @@ class LocalSource:
     def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
         """Make a private copy: a reflink where the disk can, else only what lies outside holes."""
         with self._opened(path) as fd, disk_errors(destination):
-            private_copy(fd, destination, holes)
+            try:
+                private_copy(fd, destination, holes)
+            except EOFError as error:
+                raise self._changed(path) from error
 
     def local_root(self) -> Path:
         """The folder itself."""
@@ -82,21 +84,28 @@ class LocalSource:
 
     @contextmanager
     def _opened(self, path: str) -> Iterator[int]:
+        """Open a file; what is read from it counts only if the file is as pinned to the end."""
         try:
-            fd = os.open(self._folder / path, os.O_RDONLY | os.O_CLOEXEC)
+            with _access_errors(self._folder / path):
+                fd = os.open(self._folder / path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise SourceChanged(f"{path} has gone since {self._folder} was opened") from error
-        except PermissionError as error:
-            raise NoReadAccess(f"{self._folder / path} may not be read") from error
         try:
-            if identity_of(os.fstat(fd)) != self._stats[path]:
-                raise SourceChanged(
-                    f"{path} in {self._folder} was changed while it was being read",
-                    hint="run again once nothing writes to the checkpoint any more",
-                )
+            self._check_pinned(path, fd)
             yield fd
+            self._check_pinned(path, fd)
         finally:
             os.close(fd)
+
+    def _check_pinned(self, path: str, fd: int) -> None:
+        if identity_of(os.fstat(fd)) != self._stats[path]:
+            raise self._changed(path)
+
+    def _changed(self, path: str) -> SourceChanged:
+        return SourceChanged(
+            f"{path} in {self._folder} was changed while it was being read",
+            hint="run again once nothing writes to the checkpoint any more",
+        )
 
     def _refuse_escapes(self, root: Path) -> None:
         for path in self._stats:
@@ -108,10 +117,39 @@ class LocalSource:
                 )
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
+@contextmanager
+def _access_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise NoReadAccess(
+            f"{error.filename or path} may not be read",
+            hint="ask its owner for permission, or copy the model to a folder of your own",
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        mode = folder.stat().st_mode
+    except PermissionError:
+        raise
+    except OSError as error:
+        what = (error.strerror or "it cannot be opened").lower()
+        raise FolderNotFound(f"the folder {folder} does not exist ({what})", hint=_HINT) from error
+    if not stat.S_ISDIR(mode):
+        raise FolderNotFound(f"the folder {folder} is a file, not a folder", hint=_HINT)
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for parent, folders, names in os.walk(folder, onerror=_raise):
         folders.sort()
         for name in sorted(names):
             path = Path(parent, name)
             if path.is_file():
-                yield PurePosixPath(path.relative_to(folder)).as_posix()
+                with suppress(FileNotFoundError):  # gone since the folder was listed
+                    identity = identity_of(path.stat())
+                    yield PurePosixPath(path.relative_to(folder)).as_posix(), identity
+
+
+def _raise(error: OSError) -> None:
+    raise error
