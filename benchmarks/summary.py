@@ -63,8 +63,8 @@ def chapter(stem: str, result: dict) -> str:
 
 def table(records: list[dict]) -> str:
     lines = [
-        "| rank | contender | time | of it work | CPU | peak memory | anonymous | missed | worst σ |"
-        " niter_16 takes | its memory |",
+        "| rank | contender | time | of it work | CPU | peak memory | anonymous | missed |"
+        " worst σ | niter_16 takes | its memory |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for record in records:

@@ -114,8 +114,8 @@ def test_peak_memory_is_that_of_the_whole_tree(load):
     measure = load("measure")
     measured = measure.run_measured([sys.executable, "-c", TWO_CHILDREN])
     assert measured.stdout == "said\n"
-    assert 300_000_000 < measured.peak_bytes < 450_000_000
-    assert measured.peak_anonymous_bytes > 290_000_000
+    assert measured.peak_bytes > 300_000_000
+    assert 300_000_000 < measured.peak_anonymous_bytes < 360_000_000
     assert measured.cpu_s > 0
 
 
@@ -142,7 +142,8 @@ def test_peft_as_a_contender_and_its_figures(load, tiny, tmp_path):
 def test_the_summary_has_a_row_a_contender(load):
     summary = load("summary")
     record = {
-        "rank": 16, "contender": "PEFT pissa_niter_16", "wall_s": 20.0, "cpu_s": 30.0, "work_s": 15.0,
+        "rank": 16, "contender": "PEFT pissa_niter_16", "wall_s": 20.0, "cpu_s": 30.0,
+        "work_s": 15.0,
         "peak_bytes": 2e9, "peak_anonymous_bytes": 1e9,
         "quality": {"missed": 1e-3, "worst_sigma_error": 4e-2},
     }  # fmt: skip
