@@ -58,7 +58,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/kernel.py
+	$(foreach script,$(wildcard benchmarks/kernel.py),$(BIN)/python $(script))
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/summary.py
 

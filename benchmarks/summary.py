@@ -37,6 +37,8 @@ def main() -> None:
         if not path.stem.endswith("-quick"):
             parts.append(chapter(path.stem, json.loads(path.read_text())))
     parts += [path.read_text() for path in sorted(RESULTS.glob("kernel*.md"))]
+    if len(parts) == 1:
+        parts.append("No results are stored here yet: `make bench` makes them.\n")
     (HERE / "README.md").write_text("\n".join(parts))
 
 
