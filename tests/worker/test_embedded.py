@@ -22,6 +22,10 @@ def client_of(url: str) -> redis.Redis:
     return redis.Redis.from_url(url, decode_responses=True)
 
 
+def valkey_says(data_dir: Path) -> str:
+    return (data_dir / "valkey" / "valkey.log").read_text()
+
+
 def test_it_listens_on_a_socket_of_this_user_alone_and_forgets_nothing(tmp_path: Path) -> None:
     with embedded_valkey(tmp_path) as url:
         client = client_of(url)
@@ -50,9 +54,40 @@ def test_what_was_answered_survives_a_kill(tmp_path: Path) -> None:
         client.set("kept", "yes")
         os.kill(pid, signal.SIGKILL)
         client.close()
-        wait_for(lambda: not answers(url), "the end of the server", 10)
     with embedded_valkey(tmp_path) as url:
         client = client_of(url)
+        assert client.get("kept") == "yes"
+        client.close()
+
+
+def test_a_server_that_dies_is_started_again_and_ends_with_the_block(tmp_path: Path) -> None:
+    with embedded_valkey(tmp_path) as url:
+        client = client_of(url)
+        client.set("kept", "yes")
+        first = psutil.Process(int(client.info("server")["process_id"]))
+        first.kill()
+        wait_for(lambda: not first.is_running(), "the end of the server", 10)
+        wait_for(lambda: answers(url), "another server", 10)
+        assert client.get("kept") == "yes"
+        second = psutil.Process(int(client.info("server")["process_id"]))
+        client.close()
+        assert second != first
+    assert not second.is_running()
+    assert not answers(url)
+
+
+def test_a_store_that_cannot_start_again_is_tried_until_it_can(tmp_path: Path) -> None:
+    with embedded_valkey(tmp_path) as url:
+        client = client_of(url)
+        client.set("kept", "yes")
+        log = tmp_path / "valkey" / "appendonlydir"
+        log.rename(tmp_path / "away")
+        log.write_text("not a folder")
+        client.shutdown(nosave=True, force=True, now=True)
+        wait_for(lambda: "appendonlydir" in valkey_says(tmp_path), "a vain attempt", 10)
+        log.unlink()
+        (tmp_path / "away").rename(log)
+        wait_for(lambda: answers(url), "another server", 10)
         assert client.get("kept") == "yes"
         client.close()
 

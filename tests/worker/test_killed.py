@@ -26,7 +26,7 @@ from worker_tools import (
 
 from worker.connect import open_store
 from worker.contract import Job, Status, Task
-from worker.embedded import answers, embedded_valkey
+from worker.embedded import embedded_valkey
 from worker.store import JobStore
 
 SLOW = {"method": "exact"}
@@ -69,10 +69,10 @@ def resumed_matrices(store: JobStore, job_id: str) -> list[int]:
 
 def kill_store(url: str) -> None:
     client = redis.Redis.from_url(url)
-    pid = int(client.info("server")["process_id"])
+    server = psutil.Process(int(client.info("server")["process_id"]))
     client.close()
-    os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not answers(url), "the end of the store", 10)
+    server.kill()
+    wait_for(lambda: not server.is_running(), "the end of the store", 10)
 
 
 def worker_pid(service: Service) -> int:
@@ -100,11 +100,9 @@ def test_worker_and_store_killed_within_a_shard(
             kill_tree(first.pid)
         done = store.get(job_id).progress.matrices.done
         kill_store(url)
-        stack.enter_context(embedded_valkey(data))
         with running_worker(settings, tmp_path / "second.log"):
             wait_for_matrices(store, job_id, done + 2)
             kill_store(url)
-            stack.enter_context(embedded_valkey(data))
             job = wait_for_end(store, job_id)
         check(job, model, undisturbed)
         # What the first worker had told, and perhaps one that it had just written, is not redone.
