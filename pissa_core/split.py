@@ -14,7 +14,7 @@ from pissa_core.certify import Certificate, certify
 from pissa_core.errors import NonFiniteWeight, RankTooLarge, UnsupportedDtype
 from pissa_core.spec import SvdConfig
 from pissa_core.svd import TruncatedSvd, truncated_svd
-from pissa_core.svd.operator import PANEL_BYTES
+from pissa_core.svd.operator import PANEL_BYTES, SAFE_NORMS, scale_
 from pissa_core.svd.products import times_transposed
 
 
@@ -68,8 +68,8 @@ def split_principal(
     Error    exact method, before rounding: ||W - scaling B A||_2 = sigma_{r+1}, and ||.||_F^2 =
              sum_{j>r} sigma_j^2 (Eckart-Young); no rank-r matrix does better. Other methods: see
              `truncated_svd`. ``faithful`` recombines to W within u |R| per entry plus float32
-             accumulation (u = 2^-9 bfloat16, 2^-12 float16; float16 entries below 6e-5 are
-             subnormal and err by up to 2^-26). What came out is measured, in `certificate`.
+             accumulation (u = 2^-8 bfloat16, 2^-11 float16; float16 entries below 6e-5 are
+             subnormal and err by up to 2^-25). What came out is measured, in `certificate`.
     Sign     ``faithful``: the largest |entry| of each column of B is positive; ties go to the
              lowest row. ``peft``: LAPACK's. Columns that share a sigma are not unique.
     Random   from `seed` alone, see `truncated_svd`; threads in flight do not disturb each other.
@@ -118,12 +118,16 @@ def _faithful(W: Tensor, found: TruncatedSvd, scaling: float, dtype: torch.dtype
     B = (found.U * signed).to(dtype).contiguous()
     A = (found.Vt * signed[:, None]).to(dtype).contiguous()
     R, residuals, discrepancy = _complete(W, found, B.float(), A.float(), scaling)
+    _refuse_overflow(discrepancy, dtype, W.dtype)
+    return Split(B, A, R, certify(found, residuals, discrepancy))
+
+
+def _refuse_overflow(discrepancy: float, factors: torch.dtype, residual: torch.dtype) -> None:
     if not math.isfinite(discrepancy):
         raise UnsupportedDtype(
-            f"the factors or the residual leave the range of {dtype} or {W.dtype}",
-            hint="use adapter_dtype float32, which holds every factor",
+            f"the factors leave the range of {factors}, or the residual that of {residual}",
+            hint="use adapter_dtype float32, which holds the factors of any matrix",
         )
-    return Split(B, A, R, certify(found, residuals, discrepancy))
 
 
 def _signs(U: Tensor) -> Tensor:
@@ -155,19 +159,24 @@ def _complete(
         triplets = found.Vt.t(), found.S, found.U.t()
     measured = _Residuals(*triplets, outer=(found.exact_side == "left") == by_rows)
     total = torch.zeros((), dtype=torch.float64, device=W.device)
+    exponent = _exponent_for(found.norm)
     for i, j, P in _row_panels(M):
         measured.add(i, j, P)
         product = times_transposed(left[i:j], right)
-        rest = torch.sub(P, product, alpha=scaling)
-        out[i:j] = rest
-        stored = out[i:j].float()
+        P.sub_(product, alpha=scaling)
+        out[i:j] = P
         if W.dtype == torch.float32:
-            rest = torch.sub(P, stored).sub_(product, alpha=scaling)
+            torch.sub(M[i:j], out[i:j], out=P).sub_(product, alpha=scaling)
         else:
-            rest.sub_(stored)
-        rows = torch.linalg.vector_norm(rest, dim=1, dtype=torch.float64)
+            P.sub_(out[i:j])
+        rows = torch.linalg.vector_norm(scale_(P, exponent), dim=1).double()
         total += torch.dot(rows, rows)
-    return R, measured.norms(), math.sqrt(float(total))
+    return R, measured.norms(), math.ldexp(math.sqrt(float(total)), -exponent)
+
+
+def _exponent_for(norm: float) -> int:
+    """Return the power of two by which a matrix of this norm is scaled before squaring."""
+    return 0 if SAFE_NORMS[0] < norm < SAFE_NORMS[1] else -math.frexp(norm)[1]
 
 
 class _Residuals:
@@ -191,16 +200,19 @@ class _Residuals:
         if self._outer:
             norms = self._sum.sqrt()
         else:
-            norms = torch.linalg.vector_norm(self._sum - self._S[:, None] * self._Vt, dim=1)
+            rest = self._sum - self._S[:, None] * self._Vt
+            norms = torch.linalg.vector_norm(rest.double(), dim=1)
         return norms
 
 
 def _row_panels(M: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (start, stop, P): the rows of M as float32, in memory of their own."""
     rows, width = M.shape
     step = rows if M.device.type != "cpu" else max(16, PANEL_BYTES // (4 * width) // 16 * 16)
+    buffer = torch.empty(min(step, rows), width, dtype=torch.float32, device=M.device)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        yield start, stop, M[start:stop].float()
+        yield start, stop, buffer[: stop - start].copy_(M[start:stop])
 
 
 def _as_peft(W: Tensor, found: TruncatedSvd, scaling: float) -> Split:
@@ -212,8 +224,11 @@ def _as_peft(W: Tensor, found: TruncatedSvd, scaling: float) -> Split:
     B = found.U @ root
     R = (weight - scaling * B @ A).to(dtype)
     B, A = B.to(dtype).float(), A.to(dtype).float()
-    rest = torch.sub(weight, R).sub_(torch.mm(B, A), alpha=scaling)
-    discrepancy = float(torch.linalg.vector_norm(rest, dim=1).double().norm())
+    exponent = _exponent_for(found.norm)
+    rest = scale_(torch.sub(weight, R).sub_(torch.mm(B, A), alpha=scaling), exponent)
+    rows = torch.linalg.vector_norm(rest, dim=1).double()
+    discrepancy = math.ldexp(float(torch.linalg.vector_norm(rows)), -exponent)
+    _refuse_overflow(discrepancy, dtype, dtype)
     residuals = _Residuals(found.U, found.S, found.Vt, outer=found.exact_side == "left")
     residuals.add(0, len(weight), weight)
     return Split(B, A, R, certify(found, residuals.norms(), discrepancy))

@@ -77,13 +77,15 @@ def best_energy(W: Tensor, rank: int) -> float:
     return float(torch.linalg.svdvals(W.double())[:rank].square().sum())
 
 
-def missed_energy(W: Tensor, U: Tensor, S: Tensor, Vt: Tensor) -> float:
+def missed_energy(
+    W: Tensor, U: Tensor, S: Tensor, Vt: Tensor, *, best: float | None = None
+) -> float:
     """Return the share of the best energy that W - U S Vt fails to remove, in float64.
 
     Unlike 1 - sum S^2 / best it also sees factors that are off.
     """
     exact = W.double()
-    best = best_energy(W, len(S))
+    best = best_energy(W, len(S)) if best is None else best
     rest = exact - (U.double() * S.double()) @ Vt.double()
     removed = float(exact.square().sum() - rest.square().sum())
     return (best - removed) / best if best > 0 else 0.0

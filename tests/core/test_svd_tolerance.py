@@ -1,0 +1,127 @@
+"""`auto` delivers its tolerance, and no certificate is false, on spectra chosen to be hard."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spectra import SPECTRA, best_energy, missed_energy
+
+from pissa_core.certify import certify
+from pissa_core.svd import RESOLUTION, TruncatedSvd, truncated_svd
+
+SHAPES = [(700, 500), (300, 1500), (1500, 300)]
+
+
+def solve(W: torch.Tensor, rank: int, method: str = "auto", **wishes: object) -> TruncatedSvd:
+    given = {"tolerance": 1e-4, "niter": 2, "seed": 3} | wishes
+    return truncated_svd(W, rank, method=method, **given)  # type: ignore[arg-type]
+
+
+def certified(W: torch.Tensor, found: TruncatedSvd) -> float:
+    """Return `missed` of the certificate."""
+    return certify(found, torch.zeros_like(found.S), 0.0).missed
+
+
+@pytest.mark.parametrize("m, n", SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 16, 64])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_auto_delivers_and_certifies(spectrum: str, rank: int, m: int, n: int) -> None:
+    W = SPECTRA[spectrum](m, n, rank).float()
+    best = best_energy(W, rank)
+    for tolerance in (1e-2, 1e-4, 1e-5):
+        found = solve(W, rank, tolerance=tolerance)
+        missed = missed_energy(W, found.U, found.S, found.Vt, best=best)
+        assert missed <= tolerance
+        assert missed <= certified(W, found) <= tolerance + 4 * RESOLUTION
+
+
+@pytest.mark.parametrize("niter", [0, 1, 4])
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_certificate_of_lowrank_is_not_false(spectrum: str, rank: int, niter: int) -> None:
+    for m, n in ((400, 300), (200, 500)):
+        W = SPECTRA[spectrum](m, n, rank).float()
+        found = solve(W, rank, "lowrank", niter=niter)
+        assert missed_energy(W, found.U, found.S, found.Vt) <= certified(W, found)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_exact_is_exact(spectrum: str) -> None:
+    W = SPECTRA[spectrum](300, 200, 16).float()
+    found = solve(W, 16, "exact")
+    assert missed_energy(W, found.U, found.S, found.Vt) <= RESOLUTION
+    assert certified(W, found) <= 2 * RESOLUTION
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_seed_is_unlucky(seed: int) -> None:
+    for spectrum in ("flat bulk", "spikes over a bulk", "repeated at the cut", "one outlier"):
+        W = SPECTRA[spectrum](600, 420, 4).float()
+        for rank in (1, 4):
+            found = solve(W, rank, seed=seed)
+            missed = missed_energy(W, found.U, found.S, found.Vt)
+            assert missed <= certified(W, found) <= 1.1e-4
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 37), (37, 1), (5, 3), (2, 2000), (2000, 2), (64, 64)]
+)
+@pytest.mark.parametrize("method", ["auto", "exact", "lowrank"])
+def test_every_rank_of_small_and_narrow_shapes(shape: tuple[int, int], method: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(shape, generator=generator)
+    for rank in {1, min(shape) // 2 or 1, min(shape)}:
+        found = solve(W, rank, method)
+        missed = missed_energy(W, found.U, found.S, found.Vt)
+        assert missed <= certified(W, found)
+        if method != "lowrank" or rank == min(shape):
+            assert missed <= 1e-4
+        eye = torch.eye(rank)
+        torch.testing.assert_close(found.U.T @ found.U, eye, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.Vt @ found.Vt.T, eye, atol=1e-5, rtol=0)
+        assert (found.S >= 0).all()
+        assert (found.S.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("exponent", [-130, -100, -40, 40, 100])
+@pytest.mark.parametrize("method", ["auto", "lowrank", "exact"])
+def test_a_power_of_two_changes_nothing(exponent: int, method: str) -> None:
+    W = SPECTRA["heavy tail over a bulk"](500, 420, 4).float()
+    scale = torch.tensor(2.0, dtype=torch.float64).pow(exponent)
+    scaled = (W.double() * scale).float()
+    plain, found = solve(W, 4, method), solve(scaled, 4, method)
+    torch.testing.assert_close(found.S.double() / scale, plain.S.double(), rtol=2e-5, atol=0)
+    assert missed_energy(scaled, found.U, found.S, found.Vt) <= certified(scaled, found)
+    assert found.norm / float(scale) == pytest.approx(plain.norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e30, 1e36, 1e-42])
+def test_magnitudes_at_the_ends_of_float32(magnitude: float) -> None:
+    signs = torch.randn(400, 420, generator=torch.Generator().manual_seed(2)).sign()
+    W = signs * magnitude
+    found = solve(W, 4)
+    assert torch.isfinite(found.S).all()
+    assert missed_energy(W, found.U, found.S, found.Vt) <= certified(W, found) <= 1.1e-4
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "lowrank"])
+def test_the_zero_matrix_has_nothing_to_miss(method: str) -> None:
+    found = solve(torch.zeros(300, 250), 7, method)
+    assert torch.equal(found.S, torch.zeros(7))
+    torch.testing.assert_close(found.U.T @ found.U, torch.eye(7), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.Vt @ found.Vt.T, torch.eye(7), atol=1e-5, rtol=0)
+    row = certify(found, torch.zeros(7), 0.0).as_row()
+    assert row["energy"] == row["missed"] == row["sigma_error"] == row["recombination_error"] == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", ["auto", "exact", "lowrank"])
+def test_entries_that_are_not_finite_are_not_decomposed(bad: float, method: str) -> None:
+    W = torch.ones(40, 30)
+    W[17, 3] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        solve(W, 2, method)
+
+
+def test_a_tolerance_that_float32_cannot_show_is_met_by_the_exact_method() -> None:
+    assert solve(torch.randn(30, 20), 3, tolerance=1e-6).method == "exact"
