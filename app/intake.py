@@ -17,10 +17,10 @@ from pydantic_core import from_json
 from app.errors import InvalidFields, PayloadTooLarge, looks_like_hub_token
 from pissa_core.errors import InvalidConfig, InvalidRequest, OutsideLocalRoot, PissaError
 from pissa_core.refs import LocalRef, parse_ref, resolve_local
-from worker.contract import BaseToPissa, JobRequest
+from pissa_core.spec import place_of
+from worker.contract import SOURCE_FIELDS, BaseToPissa, JobRequest
 
 MAX_BODY_BYTES = 1 << 20
-_REFERENCES = ("model", "initial", "trained", "residual", "adapter", "original", "converted")
 _LONGEST_ECHO = 80
 _Value = TypeVar("_Value")
 
@@ -125,18 +125,12 @@ def check(schema: TypeAdapter[_Value], data: object) -> _Value:
         return schema.validate_python(data, strict=True)
     except ValidationError as error:
         places = [
-            {"loc": ["body", *_place(item["loc"], data)], "msg": _sentence(item)}
+            {"loc": ["body", *place_of(item, data)], "msg": _sentence(item)}
             for item in error.errors(include_url=False)
         ]
         loc, message = places[0]["loc"], places[0]["msg"]
         refusal = InvalidConfig if loc[1:2] == ["pissa"] else InvalidRequest
         raise InvalidFields(refusal(f"{_dotted(loc)}: {message}"), places) from error
-
-
-def _place(loc: tuple[int | str, ...], data: object) -> tuple[int | str, ...]:
-    """Return where a fault lies, without the tag that a union puts in front."""
-    tagged = len(loc) > 1 and isinstance(data, Mapping) and loc[0] not in data
-    return loc[1:] if tagged else loc
 
 
 def _sentence(item: Mapping[str, Any]) -> str:
@@ -163,7 +157,7 @@ def _check_references(data: Mapping[str, Any], local_root: Path | None) -> None:
 
 
 def _references(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-    for field in _REFERENCES:
+    for field in SOURCE_FIELDS:
         if isinstance(data.get(field), str):
             yield (field,), data[field]
     output = data.get("output")

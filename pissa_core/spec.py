@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from pissa_core.errors import InvalidConfig
 
@@ -121,7 +122,10 @@ class PissaConfig(_Frozen):
         """Take the rank for `lora_alpha` where none is given, so that what is shown says so."""
         if not isinstance(data, Mapping) or data.get("lora_alpha") is not None:
             return data
-        return {**data, "lora_alpha": data.get("rank", DEFAULT_RANK)}
+        rank = data.get("rank", DEFAULT_RANK)
+        # A rank that is none is said of the rank alone.
+        usable = isinstance(rank, int) and rank >= 1
+        return {**data, "lora_alpha": rank} if usable else data
 
     @model_validator(mode="after")
     def _check_together(self) -> PissaConfig:
@@ -175,13 +179,26 @@ def parse_config(data: Mapping[str, Any]) -> PissaConfig:
     try:
         return PissaConfig.model_validate(dict(data))
     except ValidationError as error:
-        raise InvalidConfig(describe(error)) from error
+        raise InvalidConfig(_sentence(error, data)) from error
 
 
-def describe(error: ValidationError) -> str:
+def place_of(fault: Mapping[str, Any] | ErrorDetails, data: object) -> list[int | str]:
+    """Return where in `data` a pydantic fault lies, without the names of a union's branches."""
+    place: list[int | str] = []
+    for part in fault["loc"]:
+        known = part in data if isinstance(data, Mapping) else isinstance(part, int)
+        if known and isinstance(data, Mapping | list):
+            data = data[part]  # type: ignore[call-overload]
+        elif fault["type"] != "missing" or part != fault["loc"][-1]:
+            continue
+        place.append(part)
+    return place
+
+
+def _sentence(error: ValidationError, data: object) -> str:
     """Say in one sentence which field a pydantic error is about, its value, and why."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
+    where = ".".join(str(part) for part in place_of(first, data))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return f"{where}: there is no such field"

@@ -71,6 +71,13 @@ class Task(StrEnum):
     PLAN = "pissa.plan"
 
 
+SOURCE_FIELDS = ("model", "initial", "trained", "residual", "adapter", "original", "converted")
+"""The fields of a request, of any kind, that name what is read."""
+
+LONGEST_PAGE = 200
+"""The most jobs that one page of the list holds."""
+
+
 def _a_reference(value: object) -> object:
     if isinstance(value, str):
         parse_ref(value)

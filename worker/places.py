@@ -19,14 +19,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from pissa_core.errors import OutsideLocalRoot
 from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
-from worker.contract import JobRequest
+from worker.contract import SOURCE_FIELDS, JobRequest
 from worker.settings import Settings
 from worker.vault import read_or_create
 
 ID_FILE = ".pissa-storage-id"
-_SOURCES = ("model", "initial", "trained", "residual", "adapter", "original", "converted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +61,13 @@ def queue_names(request: JobRequest, shared: Storages) -> tuple[str, str]:
 
 def references(request: JobRequest) -> Iterator[Ref]:
     """Yield every reference of a request, output included."""
-    for field in _SOURCES:
+    for field in SOURCE_FIELDS:
         text = getattr(request, field, None)
         if text is not None:
             yield parse_ref(text)
     output = getattr(request, "output", None)
     if output is not None:
         yield parse_ref(output.ref)
-
-
-def check_references(request: JobRequest, settings: Settings) -> None:
-    """Refuse local references that the service may not touch.
-
-    Raises:
-        OutsideLocalRoot: if there is no local root, or a reference leaves it.
-    """
-    for ref in references(request):
-        if not isinstance(ref, LocalRef):
-            continue
-        if settings.local_root is None:
-            raise OutsideLocalRoot(
-                f"{ref.path!r} is a local folder, and this service takes Hub references only",
-                hint="the operator can allow one folder with PISSA_LOCAL_ROOT",
-            )
-        resolve_local(ref, settings.local_root)
 
 
 def output_ref(request: JobRequest, job_id: str, settings: Settings) -> tuple[Ref, Path | None]:

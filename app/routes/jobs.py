@@ -19,7 +19,7 @@ from app.schemas import (
     CancelBody,
     JobList,
 )
-from worker.contract import Job, Status
+from worker.contract import LONGEST_PAGE, Job, Status
 
 POLL_AFTER_S = 2
 
@@ -105,7 +105,7 @@ def list_jobs(
             examples=["running,queued"],
         ),
     ] = None,
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    limit: Annotated[int, Query(ge=1, le=LONGEST_PAGE)] = 50,
     after: Annotated[
         str | None, Query(max_length=200, description="`next` of the page before")
     ] = None,

@@ -56,6 +56,10 @@ def test_the_digest_is_the_body_s_and_not_its_spelling():
         ({"rank": "16"}, "pissa.rank", "(got '16')"),
         ({"use_rslora": 0}, "pissa.use_rslora", "(got 0)"),
         ({"rang": 8}, "pissa.rang", "there is no such field"),
+        ({"lora_alpha": 0}, "pissa.lora_alpha", "greater than 0 (got 0)"),
+        ({"target_modules": 7}, "pissa.target_modules", "(got 7)"),
+        ({"target_modules": ["q", 7]}, "pissa.target_modules", "valid string"),
+        ({"rank_pattern": {"q": 0}}, "pissa.rank_pattern.q", "(got 0)"),
         ({"svd": {"method": "fast"}}, "pissa.svd.method", "(got 'fast')"),
         ({"target_modules": []}, "pissa", "empty list"),
         ({"target_modules": "("}, "pissa", "not a regular expression"),
@@ -88,6 +92,13 @@ def test_a_fault_elsewhere_is_invalid_request(data, place):
     assert error.cause.code == "invalid_request"
     assert error.cause.message.startswith(f"{place}: ")
     assert error.errors[0]["loc"] == ["body", *place.split(".")]
+
+
+def test_a_place_names_nothing_that_the_body_does_not_hold():
+    error = refused({"model": "org/name", "pissa": {"lora_alpha": "x", "target_modules": [7]}})
+    assert {tuple(item["loc"][2:]) for item in error.errors} == {
+        ("lora_alpha",), ("target_modules",), ("target_modules", 0),
+    }  # fmt: skip
 
 
 def test_every_fault_is_listed():
