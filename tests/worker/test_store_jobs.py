@@ -189,6 +189,16 @@ def test_what_another_job_may_go_on_from_is_not_discarded(
     assert take(tasks, second, "discard").discard == "all"
 
 
+def test_who_discards_after_all_leaves_it_to_the_last(store: JobStore, tasks: TaskStore) -> None:
+    first, second = submit(store), submit(store)
+    do_prepare(tasks, first)
+    do_prepare(tasks, second)
+    assert store.cancel(first, discard=False).status is Status.CANCELLED
+    assert store.cancel(first, discard=True).status is Status.CANCELLED
+    assert store.cancel(second, discard=True).status is Status.CANCELLING
+    assert take(tasks, second, "discard").discard == "all"
+
+
 @pytest.mark.parametrize("verb", ["cancel", "resume"])
 def test_a_job_that_succeeded_stays_so(store: JobStore, tasks: TaskStore, verb: str) -> None:
     job_id = submit(store)
@@ -350,6 +360,15 @@ def test_a_plan_comes_back_to_who_asked(store: JobStore, tasks: TaskStore) -> No
     assert store.plan_result(plan_id, timeout_s=5) == {"source": "hf://org/name@c0ffee"}
     assert store.list(owner=None) == ([], None)
     assert 0 < store.connection.client.ttl(f"pissa:job:{plan_id}") <= 600
+
+
+def test_a_plan_in_the_making_is_waited_for_quietly(store: JobStore, tasks: TaskStore) -> None:
+    plan_id = store.request_plan(BaseToPissa(model="org/name"), hub_token=None)
+    take(tasks, plan_id, "plan")
+    with pytest.raises(PlanTimeout):
+        store.plan_result(plan_id, timeout_s=0.3)
+    asked = store.connection.client.info("commandstats")["cmdstat_xread"]["calls"]
+    assert asked <= 3
 
 
 def test_a_plan_that_cannot_be_made_raises_what_the_planner_met(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from store_tools import DIGEST, REQUEST, do_all, do_prepare, do_shard, make_plan, row, take
@@ -296,6 +297,28 @@ def test_a_job_that_no_worker_can_serve_fails(
     error = store.get(job_id).error
     assert error is not None
     assert error.code == "no_suitable_worker"
+
+
+def test_what_waited_long_is_not_unserved_while_its_worker_starts_anew(
+    store: JobStore, settings: Settings
+) -> None:
+    request = REQUEST.model_copy(update={"output": None})
+    job_id = store.submit(request, owner="me")[0].id
+    reaper = Reaper(store.connection, settled(settings, no_worker_s=0.5, reap_s=0.01))
+    plan_queue = store.connection.client.hget(f"pissa:job:{job_id}", "plan_queue")
+    near = json.dumps({"device": "cpu", "queues": ["plan", plan_queue]})
+    far = json.dumps({"device": "cpu", "queues": ["plan", "work"]})
+    store.connection.call("beat", name="far@away", record=far)
+    store.connection.call("beat", name="near@here", record=near)
+    waited = time.monotonic() + 0.7
+    while time.monotonic() < waited:
+        reaper.round()
+        time.sleep(0.01)
+    store.connection.call("leave", name="near@here")
+    for _ in range(3):
+        wait_for(reaper.round, "a round", 5)
+    assert store.get(job_id).status is Status.QUEUED
+    rounds(reaper, store, lambda: store.get(job_id).status.final, "the end")
 
 
 def test_without_any_worker_a_job_waits(store: JobStore, settings: Settings) -> None:

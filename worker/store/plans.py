@@ -21,9 +21,10 @@ def wait_for_plan(
         PlanTimeout: if it is not there in time.
         PissaError: what the planner met, rebuilt from its code.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline, seen = time.monotonic() + timeout_s, "0-0"
     while (left := deadline - time.monotonic()) > 0:
-        for event in events.wait(plan_id, "0-0", left):
+        for event in events.wait(plan_id, seen, left):
+            seen = event.id
             if event.type is EventType.FAILED:
                 data = event.data
                 raise error_from(data["code"], data["message"], data.get("hint"))

@@ -10,6 +10,7 @@
 --   pissa:delayed           zset: "ID|task" -> when it is due
 --   pissa:turn:QUEUE        zset: jobs with ready tasks, in the order of their turns
 --   pissa:sent:QUEUE        zset: "ID|task" -> when its message was sent; bounded by the window
+--   pissa:served            hash: queue -> when a worker was last seen to serve it
 --   pissa:staging:DIGEST    set: jobs that may go on from what is staged under DIGEST
 --
 -- Task states: ready -> sent -> leased -> done, with delayed in between for a retry.

@@ -17,16 +17,20 @@ local function unlist(id)
   redis.call('HINCRBY', 'pissa:counts', get(id, 'status'), -1)
 end
 
+-- Give up the claim on what is staged: whoever still has one may throw it away.
+local function forget_staging(id)
+  local digest = get(id, 'digest')
+  if not digest then return end
+  redis.call('SREM', 'pissa:staging:' .. digest, id)
+  redis.call('HDEL', J(id), 'digest')
+end
+
 local function finalize(id, outcome)
   for _, t in ipairs(redis.call('HKEYS', sub(id, 'tasks'))) do unhook(id, t) end
   redis.call('DEL', sub(id, 'tasks'), sub(id, 'ready'), sub(id, 'held'))
   -- The token is of no use to an ended job; nothing secret outlives the work.
   redis.call('HDEL', J(id), 'token', 'ending', 'published')
-  local digest = get(id, 'digest')
-  if digest and (outcome == 'succeeded' or get(id, 'discard') == 'all') then
-    redis.call('SREM', 'pissa:staging:' .. digest, id)
-    redis.call('HDEL', J(id), 'digest')
-  end
+  if outcome == 'succeeded' or get(id, 'discard') == 'all' then forget_staging(id) end
   redis.call('HDEL', J(id), 'discard')
   if outcome == 'deleted' then return purge(id) end
   set_phase(id, 'done')

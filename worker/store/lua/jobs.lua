@@ -43,6 +43,7 @@ function ops.cancel(a)
     if a.discard then set(a.id, 'discard', 'all') end
     if not discards(a.id) then
       redis.call('HDEL', J(a.id), 'discard')
+      if a.discard then forget_staging(a.id) end
       return {}
     end
   elseif status == 'succeeded' or status == 'failed' then

@@ -41,6 +41,7 @@ end
 function ops.overdue(a)
   local out = {}
   for _, queue in ipairs(redis.call('SMEMBERS', 'pissa:queues')) do
+    local served = tonumber(redis.call('HGET', 'pissa:served', queue) or '0')
     local late = redis.call('ZRANGEBYSCORE', 'pissa:sent:' .. queue, '-inf', now - a.resend_ms)
     for _, m in ipairs(late) do
       local id, t = string.match(m, '^(.-)|(.*)$')
@@ -51,7 +52,7 @@ function ops.overdue(a)
       elseif get(id, 'kind') == 'plan' and now - task.since > a.plan_ms then
         fail_job(id, a.error, 'none')
       else
-        out[#out + 1] = { id = id, task = t, queue = queue, waited_ms = now - task.since }
+        out[#out + 1] = { id = id, task = t, queue = queue, waited_ms = now - math.max(task.since, served) }
       end
     end
   end
@@ -101,8 +102,12 @@ function ops.workers(a)
   return { workers = out }
 end
 
--- How many messages may wait in each queue: a few more than there are workers to take them.
+-- How many messages may wait in each queue: a few more than there are workers to take them. Also
+-- when a queue was last served: what waits behind a worker that is started anew is not unserved.
 function ops.windows(a)
-  for queue, size in pairs(a.windows) do redis.call('HSET', 'pissa:windows', queue, size) end
+  for queue, size in pairs(a.windows) do
+    redis.call('HSET', 'pissa:windows', queue, size)
+    redis.call('HSET', 'pissa:served', queue, now)
+  end
   return {}
 end
