@@ -11,13 +11,14 @@ from typing import Any
 import click
 
 from app.cli import tables
-from app.cli.errors import on_interrupt
+from app.cli.errors import ServiceUnreachable, on_interrupt
 from app.cli.http import Service, job_path
 from app.cli.options import config_options, job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display
 from pissa_core.errors import PissaError, error_from
 from pissa_core.refs import parse_ref
 from pissa_core.spec import parse_config
+from worker.contract import LONGEST_PAGE
 
 POLL_S = 0.5
 PATIENCE_S = 60.0
@@ -48,9 +49,7 @@ def submit(
         parse_ref(out)
         body["output"] = out
     service = Service.from_environment()
-    job = service.post(
-        "v1/jobs", body, headers={"Idempotency-Key": str(uuid.uuid4())}, with_hub_token=True
-    )
+    job = _post_once(service, body)
     if not wait:
         tables.print_json(job) if as_json else print(job["id"])
         return
@@ -61,7 +60,7 @@ def submit(
 
 @click.command()
 @click.option("--status", metavar="S[,S…]", help="Only jobs in these states.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
+@click.option("--limit", type=click.IntRange(1, LONGEST_PAGE), default=50, show_default=True)
 @click.option("--after", metavar="CURSOR", help="Go on where an earlier page ended.")
 @json_option
 def jobs(*, status: str | None, limit: int, after: str | None, as_json: bool) -> None:
@@ -106,6 +105,15 @@ def resume(*, job_id: str, as_json: bool) -> None:
     """
     service = Service.from_environment()
     _print_state(service.post(job_path(job_id, "resume"), with_hub_token=True), as_json)
+
+
+def _post_once(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
+    """Submit a job; where only the answer was lost on the way, asking again makes no second one."""
+    key = {"Idempotency-Key": str(uuid.uuid4())}
+    try:
+        return service.post("v1/jobs", body, headers=key, with_hub_token=True)
+    except ServiceUnreachable:
+        return service.post("v1/jobs", body, headers=key, with_hub_token=True)
 
 
 def _print_state(job: Mapping[str, Any], as_json: bool) -> None:

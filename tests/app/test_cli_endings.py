@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,8 @@ def test_the_version_is_the_packages() -> None:
         (["plan", "org/name", "--rank", "0"], "invalid_config", "rank"),
         (["plan", "org/name", "--rank", "four"], "invalid_config", "rank"),
         (["plan", "org/name", "--svd-method", "magic"], "invalid_config", "svd.method"),
+        (["plan", "org/name", "--lora-alpha", "0"], "invalid_config", "lora_alpha: Input"),
+        (["jobs", "--limit", "201"], "invalid_request", "--limit"),
         (["plan", "org/name", "--target-modules", "(a"], "invalid_config", "target_modules"),
         (["plan", "org/name", "--rank-pattern", "{"], "invalid_config", "--rank-pattern"),
         (["plan", "https://a.example/b"], "invalid_reference", "is a URL"),
@@ -114,6 +118,34 @@ def test_a_service_that_is_not_there_is_status_1_with_a_hint() -> None:
         f"error[service_unreachable]: no answer from the service at {url}"
     )
     assert "\nhint: start one with `pissa serve`" in done.stderr
+
+
+def test_an_answer_lost_on_the_way_makes_no_second_job() -> None:
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def lose_the_first() -> None:
+            for answer in (b"", _ACCEPTED):
+                connection, _ = door.accept()
+                with connection:
+                    asked.append(connection.recv(1 << 16))
+                    connection.sendall(answer)
+
+        service = threading.Thread(target=lose_the_first, daemon=True)
+        service.start()
+        url = f"http://127.0.0.1:{door.getsockname()[1]}"
+        done = pissa("submit", "org/name", env=environment(PISSA_URL=url))
+        service.join(10)
+    assert (done.returncode, done.stdout) == (0, "job_1\n"), done.stderr
+    keys = [re.search(rb"(?i)^idempotency-key: (\S+)", one, re.MULTILINE) for one in asked]
+    first, second = [key and key[1] for key in keys]
+    assert first == second is not None
+
+
+_ACCEPTED = (
+    b"HTTP/1.1 202 Accepted\r\nContent-Type: application/json\r\nContent-Length: 15\r\n"
+    b'Connection: close\r\n\r\n{"id": "job_1"}'
+)
 
 
 @pytest.mark.parametrize("url", ["ftp://there", "localhost:8000", "http://", "http://[::1"])
