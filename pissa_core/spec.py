@@ -186,9 +186,10 @@ def place_of(fault: Mapping[str, Any] | ErrorDetails, data: object) -> list[int 
     """Return where in `data` a pydantic fault lies, without the names of a union's branches."""
     place: list[int | str] = []
     for part in fault["loc"]:
-        known = part in data if isinstance(data, Mapping) else isinstance(part, int)
-        if known and isinstance(data, Mapping | list):
-            data = data[part]  # type: ignore[call-overload]
+        if isinstance(data, Mapping) and part in data:  # noqa: SIM114 - another kind of key each
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int):
+            data = data[part]
         elif fault["type"] != "missing" or part != fault["loc"][-1]:
             continue
         place.append(part)
