@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
+import app.cli.errors
 import app.errors
 import worker.errors
 from pissa_core.errors import all_errors
@@ -91,7 +92,8 @@ def test_every_setting_is_documented_with_its_default():
 
 
 def test_every_error_code_is_documented():
-    assert app.errors.HttpError  # its classes, and the store's, hang in the same tree
+    assert app.errors.HttpError  # its classes, the store's and the command's hang in the same tree
+    assert app.cli.errors.ServiceUnreachable
     assert worker.errors.StoreError
     rows = table_rows("Error codes")
     houses = ("pissa_core.", "worker.", "app.")  # other tests may hang classes of their own in it
