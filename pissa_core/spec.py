@@ -35,9 +35,14 @@ def _no_bool(value: object) -> object:
     return value
 
 
-Rank = Annotated[int, Field(ge=1), BeforeValidator(_no_bool)]
+# Beyond these a size leaves torch's integers, and a scaling the range of float32.
+_LARGEST_RANK = 2**31 - 1
+_LARGEST_ALPHA = 10**30
+
+Rank = Annotated[int, Field(ge=1, le=_LARGEST_RANK), BeforeValidator(_no_bool)]
 Alpha = Annotated[
-    Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, allow_inf_nan=False)],
+    Annotated[int, Field(gt=0, le=_LARGEST_ALPHA)]
+    | Annotated[float, Field(gt=0, le=_LARGEST_ALPHA, allow_inf_nan=False)],
     BeforeValidator(_no_bool),
 ]
 
