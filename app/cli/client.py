@@ -15,7 +15,7 @@ from app.cli.errors import ServiceUnreachable, on_interrupt
 from app.cli.http import Service, job_path
 from app.cli.options import config_options, job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display
-from pissa_core.errors import PissaError, error_from
+from pissa_core.errors import CheckpointError, PissaError, TargetError, error_from
 from pissa_core.refs import parse_ref
 from pissa_core.spec import parse_config
 from worker.contract import LONGEST_PAGE
@@ -201,8 +201,12 @@ def _failure(job: Mapping[str, Any]) -> PissaError:
     again = f"`pissa resume {job['id']}` goes on from what is sealed"
     if job["status"] == "cancelled":
         return error_from("cancelled", f"job {job['id']} was cancelled", again)
-    return error_from(
+    told = error_from(
         error.get("code", "internal"),
         error.get("message", f"job {job['id']} failed and does not say why"),
-        error.get("hint") or again,
+        error.get("hint"),
     )
+    # Resumed, the same request would find the same fault in the same checkpoint.
+    if not told.hint and not isinstance(told, CheckpointError | TargetError):
+        told.hint = again
+    return told

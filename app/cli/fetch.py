@@ -69,7 +69,7 @@ def fetch(*, job_id: str, folder: Path, as_json: bool) -> None:
         tables.print_json({"output": str(target), "files": len(files), "bytes": total})
         return
     tables.print_facts({"output": str(target), "files": str(len(files)), "bytes": size(total)})
-    print(f"\n{tables.loading_snippet(str(target))}")
+    print(f"\n{tables.loading_snippet(str(target), model_class=model_class_in(target))}")
 
 
 def list_files(service: Service, job_id: str) -> list[RemoteFile]:
@@ -194,6 +194,17 @@ def point_adapter_at(folder: Path, final: Path) -> None:
         entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
         manifest["files"][ADAPTER_CONFIG] = entry
         _write(manifest_path, canonical_json(manifest))
+
+
+def model_class_in(folder: Path) -> str | None:
+    """Return the class that config.json names, if transformers itself may have it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else None
+    if not isinstance(config, dict) or "auto_map" in config:
+        return None
+    named = config.get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) and first.isidentifier() else None
 
 
 def _refuse_occupied(target: Path) -> None:

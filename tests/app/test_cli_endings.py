@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cli_tools import PISSA, environment, free_port, pissa
 
+from app.cli.client import _failure
 from app.cli.errors import ExitStatus, Interrupted, on_interrupt, report
 from app.cli.options import settings
 from pissa_core.errors import RepoNotFound, error_from
@@ -228,3 +229,13 @@ def test_an_error_crosses_a_process_by_its_code() -> None:
     }
     foreign = error_from("of_tomorrow", "something new")
     assert (foreign.code, foreign.hint) == ("of_tomorrow", None)
+
+
+@pytest.mark.parametrize(
+    ("code", "resumable"), [("worker_lost", True), ("rank_too_large", False), ("internal", True)]
+)
+def test_a_resume_is_advised_only_where_it_may_help(code: str, resumable: bool) -> None:
+    error = {"code": code, "message": "why", "hint": None}
+    told = _failure({"id": "job_1", "status": "failed", "error": error})
+    assert (told.code, told.message) == (code, "why")
+    assert ("pissa resume job_1" in (told.hint or "")) is resumable

@@ -146,6 +146,25 @@ def test_all_files_arrive_checked_and_the_adapter_names_its_new_place(tmp_path: 
         assert info == {"sha256": digest(data), "size": len(data)}
 
 
+@pytest.mark.parametrize(
+    ("config", "loader"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": ["Own"], "auto_map": {"AutoModel": "own.Own"}}, "AutoModel"),
+        ({"architectures": ["x; import os"]}, "AutoModel"),
+        ({"architectures": None}, "AutoModel"),
+        ([], "AutoModel"),
+    ],
+)
+def test_it_is_said_with_which_class_to_load(tmp_path: Path, config: Any, loader: str) -> None:
+    files = a_result("org/name") | {"config.json": json.dumps(config).encode()}
+    with serving(Behaviour(files)) as url:
+        done = fetch(url, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert f"from transformers import {loader}\n" in done.stdout
+    assert f'base = {loader}.from_pretrained("{tmp_path / "out"}")' in done.stdout
+
+
 def test_an_adapter_that_names_a_repo_is_left_as_it_is(tmp_path: Path) -> None:
     behaviour = Behaviour(a_result("org/name"))
     with serving(behaviour) as url:
