@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,9 @@ from torch import Generator, Tensor
 
 from pissa_core.svd.missing import could_be_missing
 from pissa_core.svd.orth import orthonormal_rows, split_off
+from pissa_core.svd.products import times
 
+_CHEAP_UP_TO = 200  # a problem of this size costs less than a step
 _DOUBLE_UP_TO = 256  # a small problem of this size is solved in float64 at no cost to speak of
 GRADED = 1e-4  # theta_r / theta_1 below this: the small problem needs float64 whatever its size
 
@@ -82,22 +85,23 @@ def leading_eigenpairs(
     K = torch.empty(shape.capacity + b, d, dtype=torch.float32, device=start.device)
     T = torch.zeros(shape.capacity, shape.capacity, dtype=torch.float64, device=start.device)
     K[:b] = start
-    k, step = b, 0
+    k, step, solve_at = b, 0, 2 if b <= _CHEAP_UP_TO // 3 else 3
     while True:
         step += 1
         C, Q, B = split_off(K[:k], apply(K[k - b : k]), generator)
         T[:k, k - b : k] = C
         T[k - b : k, :k] = C.t()
         full = k + b > shape.capacity
-        if step >= shape.max_steps or full or _worth_solving(k, b, step):
+        if step >= shape.max_steps or full or (step >= solve_at and step > 1):
             values, S = solve_small(T[:k, :k], rank)
             residuals = torch.linalg.vector_norm(B.t() @ S[k - b :].double(), dim=0)
             missed = could_be_missing(values, residuals, rank)
             if (missed <= tolerance and step > 1) or step >= shape.max_steps:
-                vectors = torch.mm(S[:, :rank].t().float(), K[:k])
+                vectors = times(S[:, :rank].t().float(), K[:k])
                 return Ritz(values, vectors, residuals, missed, step)
+            solve_at = step + _steps_until(missed, tolerance, k)
             if full:
-                K[: shape.keep] = torch.mm(S[:, : shape.keep].t().float(), K[:k])
+                K[: shape.keep] = times(S[:, : shape.keep].t().float(), K[:k])
                 T.zero_()
                 T.diagonal()[: shape.keep] = values[: shape.keep]
                 k = shape.keep
@@ -119,7 +123,9 @@ def solve_small(T: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return values.flip(0).double(), S.flip(1)
 
 
-def _worth_solving(k: int, b: int, step: int) -> bool:
-    # A small problem costs about as much as a step at k = 3 b .. 4 b for wide blocks, and next to
-    # nothing up to 200.
-    return step > 1 and (k <= 200 or (k >= 3 * b and k <= 4 * b + b // 2))
+def _steps_until(missed: float, tolerance: float, k: int) -> int:
+    # A step cuts what is missing by 3 where it is hard, by 30 where it is easy. A small problem
+    # costs next to nothing; one of many hundreds as much as a step, and waits for the hard case.
+    if k <= _CHEAP_UP_TO:
+        return 1
+    return max(1, round(math.log(missed / tolerance) / math.log(5))) if tolerance > 0 else 1

@@ -13,7 +13,7 @@ from pissa_core.svd.products import times_transposed
 
 PANEL_BYTES = 2 << 20  # a float32 panel that stays in a core's cache through both products
 GRAM_PANEL = 1024
-GRAM_BLOCK = 512
+GRAM_BLOCK = 256
 # Squares of entries neither overflow nor vanish in float32 while ||W||_F lies between these.
 SAFE_NORMS = (2.0**-30, 2.0**30)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from pissa_core.svd.products import times_transposed
+from pissa_core.svd.products import times, times_transposed
 
 _TINY = torch.finfo(torch.float32).tiny
 _STEEP = 1e-3  # a Cholesky pivot below this: a second round would not mend the first
@@ -39,8 +39,8 @@ def split_off(K: Tensor, Y: Tensor, generator: Generator) -> tuple[Tensor, Tenso
              is enough"); blocks: Barlow, Smoktunowicz 2013, doi:10.1007/s00211-012-0496-2.
     """
     C = times_transposed(K, Y)
-    Q, B = _cholesky_round(torch.addmm(Y, C.t(), K, alpha=-1), generator)
-    Q = torch.addmm(Q, times_transposed(Q, K), K, alpha=-1)
+    Q, B = _cholesky_round(Y - times(C.t(), K), generator)
+    Q.sub_(times(times_transposed(Q, K), K))
     Q, again = _cholesky_round(Q, generator)
     return C, Q, B @ again
 
@@ -53,7 +53,7 @@ def _cholesky_round(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
         return _householder(Y, generator)
     identity = torch.eye(len(Y), dtype=torch.float64, device=Y.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return torch.mm(inverse.float(), Q), lengths.double()[:, None] * factor
+    return times(inverse.float(), Q), lengths.double()[:, None] * factor
 
 
 def _householder(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

@@ -36,3 +36,8 @@ def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     if _linear is None or a.device.type != "cpu" or a.shape[1] == 0:
         return torch.mm(a, b.t())
     return _linear(a, b, None, "none", [], "")
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply a (p, k) with b (k, q), in float32: a b, (p, q)."""
+    return times_transposed(a, b.t())

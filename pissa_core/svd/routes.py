@@ -11,7 +11,7 @@ from pissa_core.svd.operator import Operator
 from pissa_core.svd.products import times_transposed
 
 OVERSAMPLING = 8
-EXPECTED_STEPS = 8
+EXPECTED_STEPS = 9
 _WIDE = 40  # blocks up to this width keep many steps; wider ones restart early
 
 

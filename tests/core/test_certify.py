@@ -13,6 +13,8 @@ from pissa_core.spec import SvdConfig
 from pissa_core.split import split_principal
 from pissa_core.svd import truncated_svd
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EPS = torch.finfo(torch.float32).eps
 
 

@@ -15,6 +15,8 @@ from pissa_core.errors import NonFiniteWeight, RankTooLarge, UnsupportedDtype
 from pissa_core.spec import SvdConfig
 from pissa_core.split import Split, matrix_seed, split_principal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 

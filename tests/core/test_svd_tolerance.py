@@ -9,7 +9,9 @@ from spectra import SPECTRA, best_energy, missed_energy
 from pissa_core.certify import certify
 from pissa_core.svd import RESOLUTION, TruncatedSvd, truncated_svd
 
-SHAPES = [(700, 500), (300, 1500), (1500, 300)]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPES = [(420, 300), (300, 420), (180, 1000)]
 
 
 def solve(W: torch.Tensor, rank: int, method: str = "auto", **wishes: object) -> TruncatedSvd:
@@ -22,8 +24,8 @@ def certified(W: torch.Tensor, found: TruncatedSvd) -> float:
     return certify(found, torch.zeros_like(found.S), 0.0).missed
 
 
-@pytest.mark.parametrize("m, n", SHAPES)
-@pytest.mark.parametrize("rank", [1, 4, 16, 64])
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 16])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_auto_delivers_and_certifies(spectrum: str, rank: int, m: int, n: int) -> None:
     W = SPECTRA[spectrum](m, n, rank).float()
@@ -35,11 +37,19 @@ def test_auto_delivers_and_certifies(spectrum: str, rank: int, m: int, n: int) -
         assert missed <= certified(W, found) <= tolerance + 4 * RESOLUTION
 
 
+@pytest.mark.parametrize("spectrum", ["heavy tail over a bulk", "flat bulk", "repeated at the cut"])
+def test_a_wide_block_that_restarts(spectrum: str) -> None:
+    W = SPECTRA[spectrum](800, 700, 48).float()
+    found = solve(W, 48, tolerance=1e-5)
+    assert found.method == "krylov" or found.method == "gram-krylov"
+    assert missed_energy(W, found.U, found.S, found.Vt) <= certified(W, found) <= 2e-5
+
+
 @pytest.mark.parametrize("niter", [0, 1, 4])
 @pytest.mark.parametrize("rank", [4, 16])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_the_certificate_of_lowrank_is_not_false(spectrum: str, rank: int, niter: int) -> None:
-    for m, n in ((400, 300), (200, 500)):
+    for m, n in ((200, 150), (120, 300)):
         W = SPECTRA[spectrum](m, n, rank).float()
         found = solve(W, rank, "lowrank", niter=niter)
         assert missed_energy(W, found.U, found.S, found.Vt) <= certified(W, found)
@@ -53,10 +63,10 @@ def test_exact_is_exact(spectrum: str) -> None:
     assert certified(W, found) <= 2 * RESOLUTION
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_no_seed_is_unlucky(seed: int) -> None:
     for spectrum in ("flat bulk", "spikes over a bulk", "repeated at the cut", "one outlier"):
-        W = SPECTRA[spectrum](600, 420, 4).float()
+        W = SPECTRA[spectrum](300, 220, 4).float()
         for rank in (1, 4):
             found = solve(W, rank, seed=seed)
             missed = missed_energy(W, found.U, found.S, found.Vt)
