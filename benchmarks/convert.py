@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="rank 16, one round, no growth")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--name", help="name of the result; default: the device")
     parser.add_argument("--work", type=Path, default=HERE.parent / ".cache" / "bench")
     args = parser.parse_args()
@@ -214,7 +215,7 @@ def main() -> None:
         "checkpoint_bytes": (source / "model.safetensors").stat().st_size,
         "synthetic": [],
     }
-    for rank in RANKS[:1] if args.quick else RANKS:
+    for rank in args.ranks[:1] if args.quick else args.ranks:
         result["synthetic"] += at_rank(bench, source, rank)
     if not args.quick:
         result["exact"] = against_exact(bench, source)
