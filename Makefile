@@ -1,13 +1,16 @@
 # The commands of the house. `make setup` makes .venv; everything else depends on it.
 
-PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
-  $(shell command -v $(name) >/dev/null 2>&1 && \
-    $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+ifndef PYTHON
+PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.11; do \
+  $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+endif
 # An index of other torch builds, e.g. https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 # A repo id or a folder for `make demo`
 MODEL ?=
 PYTEST_ARGS ?=
+# A process a core, but four at most: each imports torch. A file's tests stay together.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -40,7 +43,7 @@ demo: setup
 	$(BIN)/python -m app.demo $(if $(MODEL),"$(MODEL)")
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not browser" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not browser" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not browser" $(PYTEST_ARGS)
