@@ -12,9 +12,10 @@ from torch import Tensor
 
 from pissa_core.certify import Certificate, certify
 from pissa_core.errors import NonFiniteWeight, RankTooLarge, UnsupportedDtype
+from pissa_core.footprint import working_bytes as working_bytes
 from pissa_core.spec import SvdConfig
 from pissa_core.svd import TruncatedSvd, truncated_svd
-from pissa_core.svd.operator import PANEL_BYTES, SAFE_NORMS, scale_
+from pissa_core.svd.operator import PANEL_BYTES, SAFE_NORMS, panel_width, scale_
 from pissa_core.svd.products import times_transposed
 
 
@@ -208,7 +209,7 @@ class _Residuals:
 def _row_panels(M: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (start, stop, P): the rows of M as float32, in memory of their own."""
     rows, width = M.shape
-    step = rows if M.device.type != "cpu" else max(16, PANEL_BYTES // (4 * width) // 16 * 16)
+    step = panel_width(rows, PANEL_BYTES // (4 * width)) if M.device.type == "cpu" else rows
     buffer = torch.empty(min(step, rows), width, dtype=torch.float32, device=M.device)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
@@ -232,10 +233,3 @@ def _as_peft(W: Tensor, found: TruncatedSvd, scaling: float) -> Split:
     residuals = _Residuals(found.U, found.S, found.Vt, outer=found.exact_side == "left")
     residuals.add(0, len(weight), weight)
     return Split(B, A, R, certify(found, residuals.norms(), discrepancy))
-
-
-def working_bytes(m: int, n: int, rank: int, dtype_bytes: int, method: str) -> int:
-    """Upper bound of the bytes that splitting one matrix keeps alive at once."""
-    basis = (m + n) * min(rank * 12, min(m, n))
-    full = 2 * (m + n) * min(m, n) if method == "exact" else 0
-    return m * n * (2 * dtype_bytes + 12) + 4 * (basis + full)

@@ -11,9 +11,9 @@ from torch import Generator, Tensor
 
 from pissa_core.svd.missing import could_be_missing
 from pissa_core.svd.orth import orthonormal_rows, split_off
-from pissa_core.svd.products import times
 
 _CHEAP_UP_TO = 200  # a problem of this size costs less than a step
+_SIZES = 128
 _DOUBLE_UP_TO = 256  # a small problem of this size is solved in float64 at no cost to speak of
 GRADED = 1e-4  # theta_r / theta_1 below this: the small problem needs float64 whatever its size
 
@@ -82,26 +82,27 @@ def leading_eigenpairs(
              doi:10.1137/S0895479898334605 (thick restart).
     """
     b, d = start.shape
-    K = torch.empty(shape.capacity + b, d, dtype=torch.float32, device=start.device)
+    K = torch.zeros(_whole(shape.capacity + b), d, dtype=torch.float32, device=start.device)
     T = torch.zeros(shape.capacity, shape.capacity, dtype=torch.float64, device=start.device)
     K[:b] = start
     k, step, solve_at = b, 0, 2 if b <= _CHEAP_UP_TO // 3 else 3
     while True:
         step += 1
-        C, Q, B = split_off(K[:k], apply(K[k - b : k]), generator)
-        T[:k, k - b : k] = C
-        T[k - b : k, :k] = C.t()
+        C, Q, B = split_off(K[: _whole(k)], apply(K[k - b : k]), generator)
+        T[k - b : k, :k] = C[:, :k]
+        T[:k, k - b : k] = C[:, :k].t()
         full = k + b > shape.capacity
         if step >= shape.max_steps or full or (step >= solve_at and step > 1):
             values, S = solve_small(T[:k, :k], rank)
             residuals = torch.linalg.vector_norm(B.t() @ S[k - b :].double(), dim=0)
             missed = could_be_missing(values, residuals, rank)
             if (missed <= tolerance and step > 1) or step >= shape.max_steps:
-                vectors = times(S[:, :rank].t().float(), K[:k])
+                vectors = torch.mm(S[:, :rank].t().float(), K[:k])
                 return Ritz(values, vectors, residuals, missed, step)
             solve_at = step + _steps_until(missed, tolerance, k)
             if full:
-                K[: shape.keep] = times(S[:, : shape.keep].t().float(), K[:k])
+                K[: shape.keep] = torch.mm(S[:, : shape.keep].t().float(), K[:k])
+                K[shape.keep :].zero_()
                 T.zero_()
                 T.diagonal()[: shape.keep] = values[: shape.keep]
                 k = shape.keep
@@ -121,6 +122,12 @@ def solve_small(T: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     graded = not small and float(diagonal[rank - 1]) < GRADED * float(diagonal[0])
     values, S = torch.linalg.eigh(T if small or graded else T.float())
     return values.flip(0).double(), S.flip(1)
+
+
+def _whole(k: int) -> int:
+    # Products with the basis come in a few sizes (its further rows are zero), since oneDNN
+    # compiles, and keeps, a kernel of nearly a megabyte for every size it meets.
+    return -(-k // _SIZES) * _SIZES
 
 
 def _steps_until(missed: float, tolerance: float, k: int) -> int:

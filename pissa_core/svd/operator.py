@@ -13,7 +13,7 @@ from pissa_core.svd.products import times_transposed
 
 PANEL_BYTES = 2 << 20  # a float32 panel that stays in a core's cache through both products
 GRAM_PANEL = 1024
-GRAM_BLOCK = 256
+GRAM_BLOCK = 512
 # Squares of entries neither overflow nor vanish in float32 while ||W||_F lies between these.
 SAFE_NORMS = (2.0**-30, 2.0**30)
 
@@ -111,8 +111,21 @@ class Operator:
     def _panel_width(self, width: int | None) -> int:
         if self.W.device.type != "cpu":
             return self.long  # one launch each; a GPU's own tiling does what panels do here
-        fitting = PANEL_BYTES // (4 * self.short) // 16 * 16
-        return min(self.long, width or max(16, fitting))
+        return panel_width(self.long, width or PANEL_BYTES // (4 * self.short))
+
+
+def panel_width(length: int, widest: int) -> int:
+    """Choose a width of panels along `length`: about `widest`, and dividing it where one can.
+
+    Panels of one width need kernels for one width.
+    """
+    widest = max(16, widest // 16 * 16)
+    if length <= widest:
+        return length
+    for width in range(widest, widest // 2, -16):
+        if length % width == 0:
+            return width
+    return widest
 
 
 def _buffer_like(M: Tensor, rows: int) -> Tensor:

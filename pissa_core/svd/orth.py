@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 from pissa_core.svd.products import times, times_transposed
 
 _TINY = torch.finfo(torch.float32).tiny
+_NARROW = 48
 _STEEP = 1e-3  # a Cholesky pivot below this: a second round would not mend the first
 
 
@@ -29,20 +30,29 @@ def orthonormal_rows(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
 
 
 def split_off(K: Tensor, Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Split Y = C^T K + B Q: its part in the row space of K, and an orthonormal rest.
+    """Split Y = C K + B Q: its part in the row space of K, and an orthonormal rest.
 
-    Shapes   K (k, d) orthonormal, Y, Q (b, d), k + b <= d; C (k, b); B (b, b) float64.
+    Shapes   K (k, d), rows orthonormal or zero; Y, Q (b, d); C (b, k); B (b, b) float64. The
+             rows of K that are not zero and those of Y are together at most d.
     Error    ||Q K^T|| and ||Q Q^T - I|| of the order of float32 eps. Both halves are done twice,
              taking turns. Once is not enough, though each step alone would look harmless: the
              defects multiply from step to step, and Ritz values pass the true ones.
     Source   Giraud, Langou, Rozloznik, van den Eshof 2005, doi:10.1007/s00211-005-0615-4 ("twice
              is enough"); blocks: Barlow, Smoktunowicz 2013, doi:10.1007/s00211-012-0496-2.
     """
-    C = times_transposed(K, Y)
-    Q, B = _cholesky_round(Y - times(C.t(), K), generator)
-    Q.sub_(times(times_transposed(Q, K), K))
+    # Narrow blocks take so little time that a compiled kernel for each size would cost more.
+    narrow = len(Y) < _NARROW
+    multiply_transposed = _plain_transposed if narrow else times_transposed
+    multiply = torch.mm if narrow else times
+    C = multiply_transposed(Y, K)
+    Q, B = _cholesky_round(Y - multiply(C, K), generator)
+    Q.sub_(multiply(multiply_transposed(Q, K), K))
     Q, again = _cholesky_round(Q, generator)
     return C, Q, B @ again
+
+
+def _plain_transposed(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mm(a, b.t())
 
 
 def _cholesky_round(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

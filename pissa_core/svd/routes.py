@@ -12,15 +12,16 @@ from pissa_core.svd.products import times_transposed
 
 OVERSAMPLING = 8
 EXPECTED_STEPS = 9
-_WIDE = 40  # blocks up to this width keep many steps; wider ones restart early
+_PATIENCE = 300  # a flat bulk of 2048 takes 25 steps; nothing met so far took a hundred
+_BASIS = 320  # vectors up to which the small problem is cheap; wide blocks hold three steps anyway
 
 
 def krylov_shape(d: int, rank: int) -> Shape:
     """Choose block, capacity and restart for the `rank` leading pairs of a d x d operator."""
     block = rank + OVERSAMPLING
     keep = rank + max(OVERSAMPLING, rank // 2)
-    capacity = keep + (12 if block <= _WIDE else 3) * block
-    return Shape(block, keep, capacity, max_steps=60)
+    capacity = keep + max(3, _BASIS // block) * block
+    return Shape(block, keep, capacity, _PATIENCE)
 
 
 def fits_krylov(d: int, rank: int) -> bool:

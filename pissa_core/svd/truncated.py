@@ -135,7 +135,7 @@ def _auto(
         products.apply, start, rank, shape, tolerance=tolerance, generator=generator
     )
     if found.missed > tolerance:
-        return _by_gram(operator, norm, rank)
+        return _by_gram(operator, norm, rank)  # out of patience; has not been seen to happen
     method = "krylov" if products.gram is None else "gram-krylov"
     products.gram = None
     return _lifted(operator, norm, found.vectors, method, _optimum(found, rank))
@@ -144,6 +144,7 @@ def _auto(
 def _by_gram(operator: Operator, norm: float, rank: int) -> TruncatedSvd:
     G = operator.gram()
     values, S = solve_small(G.double() if len(G) <= 512 else G, rank)
+    del G
     V = S[:, :rank].t().float().contiguous()
     return _lifted(operator, norm, V, "gram", float(values[:rank].clamp(min=0).sum()))
 

@@ -116,7 +116,7 @@ def test_what_is_split_off_is_orthogonal_to_the_basis_even_if_almost_nothing_is_
         C, Q, B = split_off(K, Y, generator)
         assert float((Q @ K.t()).abs().max()) < 20 * EPS
         assert float((Q @ Q.t() - torch.eye(20)).abs().max()) < 20 * EPS
-        back = C.t().double() @ K.double() + B @ Q.double()
+        back = C.double() @ K.double() + B @ Q.double()
         assert float((back - Y.double()).norm()) < 20 * EPS * float(Y.norm())
 
 
@@ -124,7 +124,7 @@ def test_what_is_split_off_is_orthogonal_to_the_basis_even_if_almost_nothing_is_
     ("m", "n", "rank", "spectrum", "method"),
     [
         (1500, 900, 4, "heavy tail over a bulk", "krylov"),
-        (1200, 600, 40, "heavy tail over a bulk", "gram-krylov"),
+        (2000, 600, 24, "heavy tail over a bulk", "gram-krylov"),
         (500, 250, 4, "flat bulk", "gram-krylov"),
         (400, 300, 40, "flat bulk", "gram"),
     ],

@@ -1,0 +1,69 @@
+"""How many bytes the split of one matrix needs while it is in flight; arithmetic only."""
+
+from __future__ import annotations
+
+from pissa_core.svd.operator import GRAM_PANEL, PANEL_BYTES
+from pissa_core.svd.routes import OVERSAMPLING, fits_krylov, krylov_shape
+
+_SLACK = 16 << 20  # kernels oneDNN compiles, buffers of BLAS, what the allocator holds back
+
+
+def working_bytes(
+    m: int, n: int, rank: int, dtype_bytes: int, method: str, rounding: str = "faithful"
+) -> int:
+    """Return an upper bound of the bytes that splitting one matrix keeps alive at once.
+
+    W (m, n) as stored and what is returned (R as large as W, A, B) are counted in. With
+    d = min(m, n), D = max(m, n), r = rank, s = dtype_bytes, in bytes:
+
+    * always: 2 s m n + 16 (m + n) r for W, R, the triplets and the factors, and three panels.
+    * ``auto`` by Krylov, k vectors in a full basis, b = r + 8 a step:
+      4 d (k + 8 b) + 48 k^2, and 4 d^2 + 8192 d more if a Gram matrix may be formed.
+    * ``auto`` where r is large against d: 64 d^2 up to d = 512, 32 d^2 above.
+    * ``lowrank``: 8 m n for W in float32 (4 if it is stored so), 24 (m + n) r, and what its
+      certificate takes, which is a Krylov run of three steps.
+    * ``exact``: 4 m n twice, 4 (m + n) d for all singular vectors, 24 d^2 for LAPACK;
+      the vectors stay while R is formed.
+    * ``peft`` rounding: 20 m n for its chain of float32 matrices, after the SVD.
+    """
+    d, r = min(m, n), min(rank, m, n)
+    stored = 2 * dtype_bytes * m * n + 16 * (m + n) * r
+    search = _SEARCH[method](m, n, r, dtype_bytes)
+    finish = 3 * max(PANEL_BYTES, 64 * max(m, n)) + 24 * (m + n) * r
+    if rounding == "peft":
+        finish = 20 * m * n + 16 * (m + n) * r
+    if method == "exact":
+        finish += 4 * (m + n) * d
+    return stored + max(search, finish) + _SLACK + 64 * d
+
+
+def _auto(m: int, n: int, r: int, dtype_bytes: int) -> int:
+    d, D = min(m, n), max(m, n)
+    lift = 16 * r * D + 3 * PANEL_BYTES
+    if not fits_krylov(d, r):
+        return max(_gram(d, D) + (64 if d <= 512 else 32) * d * d, lift)
+    shape = krylov_shape(d, r)
+    basis = 4 * d * (shape.capacity + 8 * shape.block) + 48 * shape.capacity**2
+    return max(basis + _gram(d, D), lift)
+
+
+def _gram(d: int, D: int) -> int:
+    return 4 * d * d + 8 * min(D, GRAM_PANEL) * d + 4 * 256 * d
+
+
+def _lowrank(m: int, n: int, r: int, dtype_bytes: int) -> int:
+    d, D, b = min(m, n), max(m, n), r + OVERSAMPLING
+    widened = (8 if dtype_bytes < 4 else 4) * m * n
+    iterate = widened + 24 * (m + n) * r
+    certify = 4 * d * 12 * b + 48 * (3 * b) ** 2
+    if d <= 4 * b:
+        certify = _gram(d, D) + 64 * d * d
+    return max(iterate, certify)
+
+
+def _exact(m: int, n: int, r: int, dtype_bytes: int) -> int:
+    d = min(m, n)
+    return 8 * m * n + 4 * (m + n) * d + 24 * d * d
+
+
+_SEARCH = {"auto": _auto, "lowrank": _lowrank, "exact": _exact}
