@@ -83,6 +83,15 @@ MODELS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "roberta-qa": ("RobertaConfig", "RobertaForQuestionAnswering", {**_ENCODER, "num_labels": 2}),
 }
 
+HEADED: Mapping[str, str] = {"cls": "SEQ_CLS", "token": "TOKEN_CLS", "qa": "QUESTION_ANS"}
+"""Ending of a model's name → PEFT's task type, where the model has a head that stays whole."""
+
+
+def task_of(name: str) -> dict[str, str]:
+    """Return the config that leaves the head of a model whole, or nothing for one without."""
+    task = HEADED.get(name.rpartition("-")[2])
+    return {"task_type": task} if task else {}
+
 
 @functools.cache
 def make_model(name: str) -> PreTrainedModel:

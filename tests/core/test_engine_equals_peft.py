@@ -14,6 +14,7 @@ from conversions import convert_to
 from safetensors.torch import load_file
 
 RANK = 4
+HEADS = {"TOKEN_CLS": ["classifier"], "QUESTION_ANS": ["qa_outputs"]}
 CASES = [
     (name, dtype, shards)
     for name in tinymodels.MODELS
@@ -35,7 +36,7 @@ def what_to_convert(name: str) -> dict[str, object]:
     """All linear layers, but for Mixtral the attention alone and for heads PEFT's task type."""
     if name == "mixtral":
         return {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
-    return {"task_type": "SEQ_CLS"} if name.endswith("-cls") else {}
+    return tinymodels.task_of(name)
 
 
 def load_original(folder: Path) -> torch.nn.Module:
@@ -46,6 +47,8 @@ def load_original(folder: Path) -> torch.nn.Module:
 def peft_pissa(folder: Path, targets: dict, task_type: str | None) -> torch.nn.Module:
     """What a user of PEFT gets: the model loaded whole and decomposed in the training script."""
     config = peft.LoraConfig(
+        # PEFT keeps "all-linear" off a head only for SEQ_CLS; for other heads it would fail.
+        exclude_modules=HEADS.get(task_type),
         r=RANK,
         lora_alpha=2 * RANK,
         init_lora_weights="pissa",

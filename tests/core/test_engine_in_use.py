@@ -50,7 +50,7 @@ def relative_difference(new: torch.Tensor, old: torch.Tensor) -> float:
 
 
 def asked(name: str, **more) -> dict:
-    config = {"rank": 3, "lora_alpha": 5, **more}
+    config = {"rank": 3, "lora_alpha": 5, **tinymodels.task_of(name), **more}
     if name == "mixtral":
         config["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     return config
