@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="initialise only the first layers")
     args = parser.parse_args()
 
+    import torch
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -35,6 +36,7 @@ def main() -> None:
     model = model_class.from_pretrained(args.checkpoint).to(args.device)
     phases["load"], lap = time.perf_counter() - lap, time.perf_counter()
 
+    torch.manual_seed(0)  # PEFT's randomised SVD draws from the global generator
     lora = LoraConfig(
         r=args.rank,
         lora_alpha=args.rank,
