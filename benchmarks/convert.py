@@ -5,6 +5,7 @@ two of them the output is removed and the disk is left to settle. Writes
 `benchmarks/results/convert-NAME.json`; `benchmarks/summary.py` makes tables of it.
 
     python benchmarks/convert.py            everything: about half an hour on 2 cores
+    python benchmarks/convert.py --brief    against niter_16 alone; growth; ten minutes
     python benchmarks/convert.py --quick    rank 16, one round, no growth
 """
 
@@ -137,10 +138,13 @@ def loosened(bench: Bench, source: Path, rank: int) -> float:
     return float(f"{missed:.1e}")
 
 
-def at_rank(bench: Bench, source: Path, rank: int) -> list[dict]:
+def at_rank(bench: Bench, source: Path, rank: int, *, brief: bool = False) -> list[dict]:
     """Compare at one rank, with our tolerance as it is and loosened to niter_16's accuracy."""
     print(f"{source.name}, rank {rank}", file=sys.stderr)
     device = bench.device
+    if brief:
+        contenders = [copy(), pissa(rank, device), peft("pissa_niter_16", rank, device)]
+        return compare(bench, source, rank, contenders)
     return compare(
         bench,
         source,
@@ -197,6 +201,7 @@ def real_model(bench: Bench) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="rank 16, one round, no growth")
+    parser.add_argument("--brief", action="store_true", help="against PEFT's niter_16 alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
@@ -216,11 +221,12 @@ def main() -> None:
         "synthetic": [],
     }
     for rank in args.ranks[:1] if args.quick else args.ranks:
-        result["synthetic"] += at_rank(bench, source, rank)
+        result["synthetic"] += at_rank(bench, source, rank, brief=args.brief)
     if not args.quick:
+        result["growth"] = growth(bench)
+    if not args.quick and not args.brief:
         result["exact"] = against_exact(bench, source)
         result["real"] = real_model(bench)
-        result["growth"] = growth(bench)
     name = args.name or args.device.replace(":", "")
     path = HERE / "results" / f"convert-{name}{'-quick' if args.quick else ''}.json"
     path.parent.mkdir(exist_ok=True)
