@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pissa_core.svd.operator import GRAM_PANEL, PANEL_BYTES
-from pissa_core.svd.routes import OVERSAMPLING, fits_krylov, krylov_shape
+from pissa_core.svd.routes import fits_krylov, krylov_shape, oversampling
 
 _SLACK = 16 << 20  # kernels oneDNN compiles, buffers of BLAS, what the allocator holds back
 
@@ -17,11 +17,11 @@ def working_bytes(
     d = min(m, n), D = max(m, n), r = rank, s = dtype_bytes, in bytes:
 
     * always: 2 s m n + 16 (m + n) r for W, R, the triplets and the factors, and three panels.
-    * ``auto`` by Krylov, k vectors in a full basis, b = r + 8 a step:
+    * ``auto`` by Krylov, k vectors in a full basis, b = r + max(8, r / 8) a step:
       4 d (k + 8 b) + 48 k^2, and 4 d^2 + 8192 d more if a Gram matrix may be formed.
     * ``auto`` where r is large against d: 64 d^2 up to d = 512, 32 d^2 above.
     * ``lowrank``: 8 m n for W in float32 (4 if it is stored so), 24 (m + n) r, and what its
-      certificate takes, which is a Krylov run of three steps.
+      certificate takes, which is a Krylov run of four steps.
     * ``exact``: 4 m n twice, 4 (m + n) d for all singular vectors, 24 d^2 for LAPACK;
       the vectors stay while R is formed.
     * ``peft`` rounding: 20 m n for its chain of float32 matrices, after the SVD.
@@ -52,11 +52,11 @@ def _gram(d: int, D: int) -> int:
 
 
 def _lowrank(m: int, n: int, r: int, dtype_bytes: int) -> int:
-    d, D, b = min(m, n), max(m, n), r + OVERSAMPLING
+    d, D, b = min(m, n), max(m, n), r + oversampling(r)
     widened = (8 if dtype_bytes < 4 else 4) * m * n
     iterate = widened + 24 * (m + n) * r
-    certify = 4 * d * 12 * b + 48 * (3 * b) ** 2
-    if d <= 4 * b:
+    certify = 4 * d * 13 * b + 48 * (4 * b) ** 2
+    if d <= 5 * b:
         certify = _gram(d, D) + 64 * d * d
     return max(iterate, certify)
 

@@ -13,6 +13,7 @@ from pissa_core.svd.missing import could_be_missing
 from pissa_core.svd.orth import orthonormal_rows, split_off
 
 _CHEAP_UP_TO = 200  # a problem of this size costs less than a step
+LEAST_STEPS = 3  # before that, what is missing cannot be judged
 _SIZES = 128
 _DOUBLE_UP_TO = 256  # a small problem of this size is solved in float64 at no cost to speak of
 GRADED = 1e-4  # theta_r / theta_1 below this: the small problem needs float64 whatever its size
@@ -85,18 +86,18 @@ def leading_eigenpairs(
     K = torch.zeros(_whole(shape.capacity + b), d, dtype=torch.float32, device=start.device)
     T = torch.zeros(shape.capacity, shape.capacity, dtype=torch.float64, device=start.device)
     K[:b] = start
-    k, step, solve_at = b, 0, 2 if b <= _CHEAP_UP_TO // 3 else 3
+    k, step, solve_at = b, 0, LEAST_STEPS
     while True:
         step += 1
         C, Q, B = split_off(K[: _whole(k)], apply(K[k - b : k]), generator)
         T[k - b : k, :k] = C[:, :k]
         T[:k, k - b : k] = C[:, :k].t()
         full = k + b > shape.capacity
-        if step >= shape.max_steps or full or (step >= solve_at and step > 1):
+        if step >= shape.max_steps or full or step >= solve_at:
             values, S = solve_small(T[:k, :k], rank)
             residuals = torch.linalg.vector_norm(B.t() @ S[k - b :].double(), dim=0)
-            missed = could_be_missing(values, residuals, rank)
-            if (missed <= tolerance and step > 1) or step >= shape.max_steps:
+            missed = could_be_missing(values, residuals, rank, b)
+            if (missed <= tolerance and step >= LEAST_STEPS) or step >= shape.max_steps:
                 vectors = torch.mm(S[:, :rank].t().float(), K[:k])
                 return Ritz(values, vectors, residuals, missed, step)
             solve_at = step + _steps_until(missed, tolerance, k)

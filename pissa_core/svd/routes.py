@@ -10,16 +10,20 @@ from pissa_core.svd.krylov import Shape
 from pissa_core.svd.operator import Operator
 from pissa_core.svd.products import times_transposed
 
-OVERSAMPLING = 8
 EXPECTED_STEPS = 9
 _PATIENCE = 300  # a flat bulk of 2048 takes 25 steps; nothing met so far took a hundred
 _BASIS = 320  # vectors up to which the small problem is cheap; wide blocks hold three steps anyway
 
 
+def oversampling(rank: int) -> int:
+    """Return how many vectors beyond the rank a block has."""
+    return max(8, rank // 8)
+
+
 def krylov_shape(d: int, rank: int) -> Shape:
     """Choose block, capacity and restart for the `rank` leading pairs of a d x d operator."""
-    block = rank + OVERSAMPLING
-    keep = rank + max(OVERSAMPLING, rank // 2)
+    block = rank + oversampling(rank)
+    keep = rank + max(8, 3 * rank // 4)
     capacity = keep + max(3, _BASIS // block) * block
     return Shape(block, keep, capacity, _PATIENCE)
 

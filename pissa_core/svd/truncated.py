@@ -19,10 +19,10 @@ from pissa_core.svd.krylov import (
 from pissa_core.svd.missing import RESOLUTION
 from pissa_core.svd.operator import Operator, operator_of, scale_
 from pissa_core.svd.orth import orthonormal_rows
-from pissa_core.svd.routes import OVERSAMPLING, Products, fits_krylov, krylov_shape
+from pissa_core.svd.routes import Products, fits_krylov, krylov_shape, oversampling
 
 # Steps of block Krylov from lowrank's own result that show what it missed.
-_STEPS_TO_CERTIFY = 3
+_STEPS_TO_CERTIFY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ def truncated_svd(
              power of two where the squares of W would overflow or vanish; results float32.
     Error    ``exact``: backward stable. ``lowrank``: what `torch.svd_lowrank` gives. ``auto``: the
              share of the optimal energy sum_{i<=r} sigma_i^2 that is missing is at most `tolerance`
-             by the estimate of `could_be_missing`, which is no bound; below 2e-6, which float32
-             sums of squares do not resolve, ``auto`` takes ``exact``. Single vectors inside a
+             by the estimate of `could_be_missing`, which is no bound; below 8e-6, where float32
+             sums of squares say nothing, ``auto`` takes ``exact``. Single vectors inside a
              cluster around sigma_r are not determined by this, and need not be.
     Sign     as it comes; `split_principal` makes it unique.
     Random   the start, from `seed` alone, drawn on the CPU whatever the device. Same bytes on the
@@ -109,11 +109,12 @@ def _lowrank(
 def _optimum_beyond(operator: Operator, V: Tensor, S: Tensor, generator: Generator) -> float:
     """Estimate from above the optimal energy by going on from V (r, d) for a few steps."""
     rank, d = V.shape
-    block = rank + OVERSAMPLING
+    extra = oversampling(rank)
+    block = rank + extra
     if d <= (_STEPS_TO_CERTIFY + 1) * block:
         values, _ = solve_small(operator.gram().double(), rank)
         return float(values[:rank].clamp(min=0).sum())
-    fresh = torch.randn(OVERSAMPLING, d, generator=generator).to(V.device)
+    fresh = torch.randn(extra, d, generator=generator).to(V.device)
     start, _ = orthonormal_rows(torch.cat([V.float(), fresh]), generator)
     shape = Shape(block, block, _STEPS_TO_CERTIFY * block, _STEPS_TO_CERTIFY)
     found = leading_eigenpairs(

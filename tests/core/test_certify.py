@@ -91,4 +91,4 @@ def test_what_is_found_of_a_wrong_subspace_is_certified_as_missing() -> None:
     missed = missed_energy(W, poor.U, poor.S, poor.Vt)
     assert missed > 1e-2
     assert missed <= certify(poor, torch.zeros(4), 0.0).missed <= 1.5 * missed
-    assert certify(good, torch.zeros(4), 0.0).missed <= 2e-6
+    assert certify(good, torch.zeros(4), 0.0).missed <= 8e-6

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pissa_core.spec import SvdConfig
 from pissa_core.split import split_principal
-from pissa_core.svd import truncated_svd
+from pissa_core.svd import RESOLUTION, truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 fixed = settings(deadline=None, derandomize=True, max_examples=120)
@@ -87,7 +87,7 @@ def test_no_certificate_is_false_and_auto_delivers(W: Tensor, data: st.DataObjec
     found = truncated_svd(W, rank, method=method, tolerance=tolerance, niter=1, seed=1)
     missed = missed_energy(W, found.U, found.S, found.Vt)
     captured = float(found.S.double().square().sum())
-    certified = 1 - captured / found.optimum + 1e-6 if found.optimum else 0.0
+    certified = 1 - captured / found.optimum + RESOLUTION if found.optimum else 0.0
     assert missed <= certified
     if method == "auto":
         assert missed <= tolerance

@@ -40,9 +40,9 @@ def test_auto_delivers_and_certifies(spectrum: str, rank: int, m: int, n: int) -
 @pytest.mark.parametrize("spectrum", ["heavy tail over a bulk", "flat bulk", "repeated at the cut"])
 def test_a_wide_block_that_restarts(spectrum: str) -> None:
     W = SPECTRA[spectrum](800, 700, 48).float()
-    found = solve(W, 48, tolerance=1e-5)
-    assert found.method == "krylov" or found.method == "gram-krylov"
-    assert missed_energy(W, found.U, found.S, found.Vt) <= certified(W, found) <= 2e-5
+    found = solve(W, 48, tolerance=2e-5)
+    assert found.method in {"krylov", "gram-krylov"}
+    assert missed_energy(W, found.U, found.S, found.Vt) <= certified(W, found) <= 3e-5
 
 
 @pytest.mark.parametrize("niter", [0, 1, 4])
