@@ -9,6 +9,8 @@ from pissa_core.svd.products import times, times_transposed
 
 _TINY = torch.finfo(torch.float32).tiny
 _NARROW = 48
+_HALF = 0.5
+_MOST_ROUNDS = 6
 _STEEP = 1e-3  # a Cholesky pivot below this: a second round would not mend the first
 
 
@@ -24,9 +26,13 @@ def orthonormal_rows(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     Source   Fukaya, Nakatsukasa, Yanagisawa, Yamamoto 2014, doi:10.1109/ScalA.2014.11
              (CholeskyQR2).
     """
-    Q, L = _cholesky_round(Y, generator)
-    Q, again = _cholesky_round(Q, generator)
-    return Q, L @ again
+    Q, L, _ = _cholesky_round(Y, generator)
+    for _ in range(_MOST_ROUNDS):
+        Q, again, kept = _cholesky_round(Q, generator)
+        L = L @ again
+        if kept > _HALF:
+            break
+    return Q, L
 
 
 def split_off(K: Tensor, Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +42,9 @@ def split_off(K: Tensor, Y: Tensor, generator: Generator) -> tuple[Tensor, Tenso
              rows of K that are not zero and those of Y are together at most d.
     Error    ||Q K^T|| and ||Q Q^T - I|| of the order of float32 eps. Both halves are done twice,
              taking turns. Once is not enough, though each step alone would look harmless: the
-             defects multiply from step to step, and Ritz values pass the true ones.
+             defects multiply from step to step, and Ritz values pass the true ones. Rounds go on
+             while the last one had to stretch a row twofold, as happens where Y lies in K's row
+             space and what is left is rounding.
     Source   Giraud, Langou, Rozloznik, van den Eshof 2005, doi:10.1007/s00211-005-0615-4 ("twice
              is enough"); blocks: Barlow, Smoktunowicz 2013, doi:10.1007/s00211-012-0496-2.
     """
@@ -45,25 +53,32 @@ def split_off(K: Tensor, Y: Tensor, generator: Generator) -> tuple[Tensor, Tenso
     multiply_transposed = _plain_transposed if narrow else times_transposed
     multiply = torch.mm if narrow else times
     C = multiply_transposed(Y, K)
-    Q, B = _cholesky_round(Y - multiply(C, K), generator)
-    Q.sub_(multiply(multiply_transposed(Q, K), K))
-    Q, again = _cholesky_round(Q, generator)
-    return C, Q, B @ again
+    Q, B, _ = _cholesky_round(Y - multiply(C, K), generator)
+    for _ in range(_MOST_ROUNDS):
+        Q.sub_(multiply(multiply_transposed(Q, K), K))
+        Q, again, kept = _cholesky_round(Q, generator)
+        B = B @ again
+        if kept > _HALF:
+            break
+    return C, Q, B
 
 
 def _plain_transposed(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b.t())
 
 
-def _cholesky_round(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+def _cholesky_round(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor, float]:
+    """Make the rows of Y more orthonormal; also tell the least share of a row that was kept."""
     lengths = torch.linalg.vector_norm(Y, dim=1).clamp(min=_TINY)
     Q = Y / lengths[:, None]
     factor, info = torch.linalg.cholesky_ex(times_transposed(Q, Q).double())
-    if int(info) or float(factor.diagonal().min()) < _STEEP:
-        return _householder(Y, generator)
+    pivots = factor.diagonal()
+    if int(info) or float(pivots.min()) < _STEEP:
+        return *_householder(Y, generator), 0.0
     identity = torch.eye(len(Y), dtype=torch.float64, device=Y.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    return times(inverse.float(), Q), lengths.double()[:, None] * factor
+    kept = float((pivots * lengths).min())
+    return times(inverse.float(), Q), lengths.double()[:, None] * factor, kept
 
 
 def _householder(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:

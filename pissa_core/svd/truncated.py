@@ -153,22 +153,19 @@ def _by_gram(operator: Operator, norm: float, rank: int) -> TruncatedSvd:
 def _lifted(
     operator: Operator, norm: float, V: Tensor, method: str, optimum: float
 ) -> TruncatedSvd:
-    """Turn orthonormal rows V (r, d) of the short side into triplets of W.
+    """Turn rows V (r, d) of the short side, orthonormal to 1e-5, into triplets of W.
 
     V M^T = L Q with Q orthonormal and L = u s w^T, so M (u^T V)^T = (w^T Q)^T diag(s): the
     captured energy ||M V^T||_F^2 is the sum of S^2, to rounding.
     """
-    L, Q = _lq(operator.lift(V))
+    generator = torch.Generator().manual_seed(0)  # asked only where rows of M V^T are zero
+    V, _ = orthonormal_rows(V, generator)
+    Q, L = orthonormal_rows(operator.lift(V), generator)
     u, s, wt = torch.linalg.svd(L)
     short, long = torch.mm(u.t().float(), V), torch.mm(wt.float(), Q)
     U, Vt = (long.t(), short) if operator.tall else (short.t(), long)
     side = "right" if operator.tall else "left"
     return _rescaled(operator, U, s.float(), Vt, method, norm, optimum, side)
-
-
-def _lq(Y: Tensor) -> tuple[Tensor, Tensor]:
-    Q, L = orthonormal_rows(Y, torch.Generator().manual_seed(0))
-    return L, Q
 
 
 def _rescaled(

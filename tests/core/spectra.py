@@ -52,6 +52,16 @@ def _heavy(m: int, n: int, r: int) -> Tensor:
     return bulk(m, n) + with_spectrum(8 * _steps(min(m, n, 4 * r)) ** -0.7, m, n)
 
 
+def _plateau(m: int, n: int, r: int) -> Tensor:
+    # A cluster wider than any block, whose members differ by percents: most of it stays hidden
+    # from a Krylov space of a few steps.
+    d = min(m, n)
+    sigma = torch.full((d,), 0.3, dtype=torch.float64)
+    sigma[: 4 * r + 30] = 1.0
+    spread = torch.linspace(0.05, 0, d, dtype=torch.float64)
+    return with_spectrum(sigma + spread, m, n)
+
+
 SPECTRA: dict[str, Callable[[int, int, int], Tensor]] = {
     "fast decay": lambda m, n, r: with_spectrum(0.8 ** _steps(min(m, n)), m, n),
     "slow decay": lambda m, n, r: with_spectrum(_steps(min(m, n)) ** -0.5, m, n),
@@ -61,6 +71,7 @@ SPECTRA: dict[str, Callable[[int, int, int], Tensor]] = {
     "heavy tail over a bulk": _heavy,
     "one outlier": _outlier,
     "repeated at the cut": _repeated,
+    "plateau": _plateau,
     "all equal": lambda m, n, r: with_spectrum(torch.ones(min(m, n)), m, n),
     "rank deficient": lambda m, n, r: with_spectrum(1 / _steps(max(1, r // 2)), m, n),
     "rank one": lambda m, n, r: with_spectrum(torch.ones(1), m, n),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spectra import SPECTRA, bulk, missed_energy
+from spectra import SPECTRA, bulk, missed_energy, with_spectrum
 
 from pissa_core.svd import truncated_svd
 from pissa_core.svd.operator import Operator, operator_of, scale_
@@ -118,6 +118,17 @@ def test_what_is_split_off_is_orthogonal_to_the_basis_even_if_almost_nothing_is_
         assert float((Q @ Q.t() - torch.eye(20)).abs().max()) < 20 * EPS
         back = C.double() @ K.double() + B @ Q.double()
         assert float((back - Y.double()).norm()) < 20 * EPS * float(Y.norm())
+
+
+def test_a_krylov_space_that_is_exhausted_stays_orthonormal() -> None:
+    # Three eigenvalues: after three steps nothing but rounding is left to extend the basis with.
+    sigma = torch.full((289,), 0.5)
+    sigma[:9], sigma[:5] = 1.0, 2.0
+    for seed in range(12):
+        W = with_spectrum(sigma, 289, 289, seed).float()
+        found = truncated_svd(W, 2, method="auto", tolerance=1e-3, niter=0, seed=seed)
+        assert float((found.Vt @ found.Vt.T - torch.eye(2)).abs().max()) < 20 * EPS
+        assert float(found.S.double().square().sum()) == pytest.approx(8.0, rel=1e-5)
 
 
 @pytest.mark.parametrize(
