@@ -52,8 +52,8 @@ test-browser: setup
 	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
 
 check: setup
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+	$(BIN)/ruff format --no-cache --check .
+	$(BIN)/ruff check --no-cache .
 	$(BIN)/mypy
 
 format: setup

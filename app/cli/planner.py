@@ -131,9 +131,8 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(asked: dict[str, Any]) -> Plan:
-    from pissa_core.planning import make_plan
-
     from pissa_core.adapters import open_source
+    from pissa_core.planning import make_plan
 
     limits = {key: asked[key] for key in ("slots", "memory_budget") if asked[key] is not None}
     source = open_source(parse_ref(asked["model"]))
