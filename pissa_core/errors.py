@@ -69,7 +69,7 @@ from typing import ClassVar
 class PissaError(Exception):
     """An error with a stable ``code``, a sentence, and perhaps a hint of what to try."""
 
-    code: ClassVar[str] = "internal"
+    code: str = "internal"
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -387,10 +387,11 @@ def error_from(code: str, message: str, hint: str | None = None) -> PissaError:
     """Rebuild an error that crossed a process or the wire as code, sentence and hint.
 
     The class is the one with that code among those imported here; a code this process does not
-    know (a newer service's, or one of HTTP alone) keeps its name on a class of its own.
+    know (a newer service's, or one of HTTP alone) keeps its name on a plain `PissaError`.
     """
     for known in all_errors():
         if known.code == code:
             return known(message, hint=hint)
-    foreign: type[PissaError] = type("ForeignError", (PissaError,), {"code": code})
-    return foreign(message, hint=hint)
+    foreign = PissaError(message, hint=hint)
+    foreign.code = code
+    return foreign

@@ -37,3 +37,5 @@ def test_an_unknown_code_keeps_its_name():
     error = error_from("from_the_future", "something new")
     assert isinstance(error, PissaError)
     assert error.code == "from_the_future"
+    assert PissaError("another").code == "internal"
+    assert type(error) in OURS, "a class made on the way would stay among all errors for good"
