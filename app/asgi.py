@@ -12,6 +12,7 @@ from worker.connect import open_store
 from worker.embedded import embedded_valkey
 from worker.settings import Settings
 from worker.store import Reaper
+from worker.store.retention import Retention
 
 
 def make_app(settings: Settings) -> FastAPI:
@@ -27,6 +28,7 @@ def make_app(settings: Settings) -> FastAPI:
             connected = settings.model_copy(update={"redis_url": url})
             store = stack.enter_context(closing(open_store(connected)))
             stack.enter_context(Reaper(store.connection, connected))
+            stack.enter_context(Retention(store, connected))
             app.state.store = store
             yield
 

@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.errors import Forbidden, Unauthorized
+from app.limits import Limits
 
 LOCAL_OWNER = "local"
 _HASHED_KEY = re.compile(r"sha256:([0-9a-f]{64})")
@@ -70,23 +71,30 @@ async def authorize(
     Raises:
         Unauthorized: keys are set and the request brings none of them.
         Forbidden: no keys are set and the request does not come from this machine.
+        TooManyRequests: more than the operator allows.
     """
     keys: ApiKeys = request.app.state.api_keys
+    limits: Limits = request.app.state.limits
     if not keys:
         _check_local(request)
         return Caller(LOCAL_OWNER, None)
-    if credentials is None:
-        raise Unauthorized(
-            "this service needs an API key",
-            hint="send the header Authorization: Bearer KEY",
-        )
-    owner = keys.owner_of(credentials.credentials)
+    owner = None if credentials is None else keys.owner_of(credentials.credentials)
     if owner is None:
-        raise Unauthorized("the API key is not one of this service's")
+        limits.count_wrong_key(request.client.host if request.client else "")
+        raise _unauthorized(credentials)
+    limits.count_request(owner)
     return Caller(owner, owner)
 
 
 Asking = Annotated[Caller, Depends(authorize)]
+
+
+def _unauthorized(credentials: HTTPAuthorizationCredentials | None) -> Unauthorized:
+    if credentials is None:
+        return Unauthorized(
+            "this service needs an API key", hint="send the header Authorization: Bearer KEY"
+        )
+    return Unauthorized("the API key is not one of this service's")
 
 
 def _check_local(request: Request) -> None:

@@ -55,6 +55,7 @@ STATUS: Mapping[str, HTTPStatus] = {
     "no_write_access": HTTPStatus.FORBIDDEN,
     "token_invalid": HTTPStatus.UNAUTHORIZED,
     "conflict": HTTPStatus.CONFLICT,
+    "too_many_requests": HTTPStatus.TOO_MANY_REQUESTS,
     "idempotency_mismatch": HTTPStatus.UNPROCESSABLE_ENTITY,
     "rate_limited": HTTPStatus.TOO_MANY_REQUESTS,
     "hub_unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
@@ -133,6 +134,12 @@ class TooManyRequests(HttpError):
     code = "too_many_requests"
     status = HTTPStatus.TOO_MANY_REQUESTS
 
+    def __init__(
+        self, message: str, *, hint: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
 
 def status_of(error: PissaError) -> HTTPStatus:
     """Return the HTTP status that tells of `error`."""
@@ -191,7 +198,7 @@ def _headers(error: PissaError, status: HTTPStatus) -> dict[str, str]:
     if isinstance(error, RangeNotSatisfiable) and error.size is not None:
         headers["Content-Range"] = f"bytes */{error.size}"
     if status in _TRY_AGAIN:
-        headers["Retry-After"] = str(RETRY_AFTER_S)
+        headers["Retry-After"] = str(getattr(error, "retry_after_s", None) or RETRY_AFTER_S)
     return headers
 
 

@@ -10,6 +10,7 @@ from starlette.types import Lifespan
 from app import openapi
 from app.auth import ApiKeys
 from app.errors import add_error_handlers
+from app.limits import Limits
 from app.middleware import Guard
 from app.routes import events, jobs, operations, pages, plans, results
 from pissa_core import __version__
@@ -62,6 +63,7 @@ def create_app(
     app.state.settings = settings
     app.state.store = store
     app.state.api_keys = ApiKeys(settings.api_keys)
+    app.state.limits = Limits(settings)
     app.state.plan_timeout_s = plan_timeout_s
     app.state.plan_limiter = CapacityLimiter(plans.MAX_WAITING)
     add_error_handlers(app)

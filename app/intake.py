@@ -19,6 +19,7 @@ from pissa_core.errors import InvalidConfig, InvalidRequest, OutsideLocalRoot, P
 from pissa_core.refs import LocalRef, parse_ref, resolve_local
 from pissa_core.spec import place_of
 from worker.contract import SOURCE_FIELDS, BaseToPissa, JobRequest
+from worker.settings import Settings
 
 MAX_BODY_BYTES = 1 << 20
 _LONGEST_ECHO = 80
@@ -52,8 +53,11 @@ PlanBody = Annotated[Intake, Depends(plan_body)]
 
 async def _intake(request: Request, schema: TypeAdapter[Any]) -> Intake:
     body = await read_body(request)
+    settings: Settings = request.app.state.settings
     # References below the local root are looked up on disk: not on the event loop.
-    return await run_in_threadpool(accept, body, schema, request.app.state.settings.local_root)
+    intake = await run_in_threadpool(accept, body, schema, settings.local_root)
+    check_rank(intake.request, settings.max_rank)
+    return intake
 
 
 async def read_body(request: Request) -> bytes:
@@ -88,6 +92,26 @@ def accept(body: bytes, schema: TypeAdapter[Any], local_root: Path | None) -> In
     request = check(schema, data)
     canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
     return Intake(request, hashlib.sha256(canonical).hexdigest())
+
+
+def check_rank(request: JobRequest, ceiling: int | None) -> None:
+    """Refuse a rank above the operator's ceiling.
+
+    Raises:
+        InvalidFields: naming the field, the rank and the ceiling.
+    """
+    config = getattr(request, "pissa", None)
+    if ceiling is None or config is None:
+        return
+    asked = {("rank",): config.rank} | {
+        ("rank_pattern", pattern): rank for pattern, rank in (config.rank_pattern or {}).items()
+    }
+    for place, rank in asked.items():
+        if rank > ceiling:
+            loc = ["body", "pissa", *place]
+            message = f"{rank} is above {ceiling}, the highest rank that this service allows"
+            refusal = InvalidConfig(f"{_dotted(loc)}: {message}", hint="ask for a lower rank")
+            raise InvalidFields(refusal, [{"loc": loc, "msg": message}])
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _EXAMPLES: dict[int, tuple[str, str]] = {
     413: ("payload_too_large", "the body is larger than 1048576 bytes"),
     416: ("range_not_satisfiable", "the range begins behind the end of the file, 640 bytes"),
     422: ("invalid_config", "pissa.rank: Input should be greater than or equal to 1 (got 0)"),
-    429: ("rate_limited", "the Hub asks to wait"),
+    429: ("too_many_requests", "more than 6000 times within a minute: request"),
     500: ("internal", "something went wrong inside the service"),
     503: ("store_unavailable", "the job store does not answer"),
     504: ("plan_timeout", "the plan was not ready within 30 seconds"),
@@ -33,7 +33,9 @@ _EXAMPLES: dict[int, tuple[str, str]] = {
 
 def problems(*statuses: int) -> Responses:
     """Return the documentation of the error answers a route can give, and 500."""
-    return {status: _documented(status) for status in (*statuses, 500)}
+    # Whoever needs a key is also counted.
+    counted = (429,) if 401 in statuses else ()
+    return {status: _documented(status) for status in sorted({*statuses, *counted, 500})}
 
 
 def _documented(status: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@
         ├── JobNotFound          not_found
         ├── Conflict             conflict
         ├── IdempotencyMismatch  idempotency_mismatch
+        ├── QueueFull            too_many_requests
         ├── PlanTimeout          plan_timeout
         └── StoreUnavailable     store_unavailable
 """
@@ -20,6 +21,7 @@ __all__ = [
     "IdempotencyMismatch",
     "JobNotFound",
     "PlanTimeout",
+    "QueueFull",
     "StoreError",
     "StoreUnavailable",
     "error_from",
@@ -46,6 +48,12 @@ class IdempotencyMismatch(StoreError):
     """The idempotency key was used before, with another body."""
 
     code = "idempotency_mismatch"
+
+
+class QueueFull(StoreError):
+    """The owner has as many jobs waiting as one may have."""
+
+    code = "too_many_requests"
 
 
 class PlanTimeout(StoreError):

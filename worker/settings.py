@@ -91,6 +91,22 @@ class Settings(BaseSettings):
     max_losses: int = Field(
         3, ge=1, description="workers that one task may lose before its job fails"
     )
+    max_requests_per_minute: int = Field(
+        6000, ge=0, description="requests that one API key may send within a minute; 0: any number"
+    )
+    max_queued: int = Field(
+        2000, ge=1, description="jobs that one API key may have waiting in the queue"
+    )
+    max_streams: int = Field(
+        100, ge=1, description="event streams that one API key may have open at a time"
+    )
+    max_rank: int | None = Field(None, ge=1, description="the highest rank a job may ask for")
+    max_model_size: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(parse_size)] = (
+        Field(None, description="the largest checkpoint a job may name, such as 200GB")
+    )
+    keep_s: Seconds = Field(
+        30 * 86400, description="a finished job, its kept and its staged files go after this long"
+    )
     no_worker_s: Seconds = Field(
         120, description="how long a task may wait for a worker that shares its storage"
     )

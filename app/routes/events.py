@@ -6,10 +6,12 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
+from app.auth import Asking
+from app.limits import Limits
 from app.openapi import answer, problems
 from app.routes.deps import OwnJob, Store
 from app.schemas import EVENT_EXAMPLE, EventList
@@ -45,6 +47,8 @@ _ok["content"][EVENT_STREAM] = {
     },
 )
 async def job_events(
+    request: Request,
+    caller: Asking,
     job: OwnJob,
     store: Store,
     after: Annotated[
@@ -66,7 +70,9 @@ async def job_events(
         return EventList(events=events, next=following)
     if job.status.final and start and not await _any_left(store, job, start):
         return Response(status_code=204)
-    return EventSourceResponse(_stream(store, job.id, start), ping=PING_S)
+    limits: Limits = request.app.state.limits
+    stream = limits.stream(caller.owner, _stream(store, job.id, start))
+    return EventSourceResponse(stream, ping=PING_S)
 
 
 def _wants_stream(accept: str, after: str | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from worker.errors import (
 )
 from worker.settings import Settings
 from worker.store import JobStore, LeaseLost, TaskStore
+from worker.store.retention import Retention
 
 TOKEN = "hf_" + "abcdefgh" * 4
 
@@ -407,3 +409,31 @@ def test_a_store_that_is_away_is_said_so(tmp_path: Path) -> None:
         with pytest.raises(StoreUnavailable, match="does not answer"):
             ask()
     store.close()
+
+
+def test_finished_jobs_go_after_their_time_and_others_stay(
+    store: JobStore, tasks: TaskStore, settings: Settings
+) -> None:
+    done, waiting, resumed = submit(store), submit(store), submit(store)
+    do_all(tasks, done)
+    store.cancel(resumed, discard=False)
+    store.resume(resumed, hub_token=None)
+    kept = settings.files_dir / done
+    kept.mkdir(parents=True)
+    assert store.delete_finished(older_s=3600) == 0
+    assert store.get(done).status is Status.SUCCEEDED
+    assert store.delete_finished(older_s=0) == 1
+    assert not kept.exists()
+    assert [job.id for job in store.list(owner="me")[0]] == [resumed, waiting]
+    assert store.delete_finished(older_s=0) == 0
+
+
+def test_retention_sweeps_by_itself(store: JobStore, tasks: TaskStore, settings: Settings) -> None:
+    done = submit(store)
+    do_all(tasks, done)
+    with Retention(store, settings.model_copy(update={"keep_s": 0.2})):
+        for _ in range(200):
+            if not store.list(owner="me")[0]:
+                return
+            time.sleep(0.02)
+    pytest.fail("the finished job is still there")

@@ -11,6 +11,8 @@
 --   pissa:turn:QUEUE        zset: jobs with ready tasks, in the order of their turns
 --   pissa:sent:QUEUE        zset: "ID|task" -> when its message was sent; bounded by the window
 --   pissa:served            hash: queue -> when a worker was last seen to serve it
+--   pissa:queued            hash: owner -> how many of its jobs are queued
+--   pissa:finished          zset: finished jobs -> when they ended
 --   pissa:staging:DIGEST    set: jobs that may go on from what is staged under DIGEST
 --
 -- Task states: ready -> sent -> leased -> done, with delayed in between for a retry.
@@ -44,6 +46,8 @@ local function set_status(id, status)
   if get(id, 'kind') ~= 'plan' then
     if before then redis.call('HINCRBY', 'pissa:counts', before, -1) end
     redis.call('HINCRBY', 'pissa:counts', status, 1)
+    local queued = (status == 'queued' and 1 or 0) - (before == 'queued' and 1 or 0)
+    if queued ~= 0 then redis.call('HINCRBY', 'pissa:queued', get(id, 'owner'), queued) end
   end
   set(id, 'status', status)
 end

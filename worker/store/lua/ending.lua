@@ -14,6 +14,7 @@ end
 local function unlist(id)
   redis.call('ZREM', 'pissa:jobs', id)
   redis.call('ZREM', 'pissa:jobs:' .. get(id, 'owner'), id)
+  redis.call('ZREM', 'pissa:finished', id)
   redis.call('HINCRBY', 'pissa:counts', get(id, 'status'), -1)
 end
 
@@ -36,6 +37,7 @@ local function finalize(id, outcome)
   set_phase(id, 'done')
   set_status(id, outcome)
   set(id, 'finished', now)
+  if get(id, 'kind') ~= 'plan' then redis.call('ZADD', 'pissa:finished', now, id) end
   if outcome == 'succeeded' then
     redis.call('HDEL', J(id), 'error')
     redis.call('DEL', sub(id, 'rows'))

@@ -15,6 +15,12 @@ function ops.submit(a)
     if known[1] then
       return { id = known[1], created = false, mismatch = known[2] ~= a.body_digest }
     end
+  end
+  if a.max_queued then
+    local queued = tonumber(redis.call('HGET', 'pissa:queued', a.owner) or '0')
+    if queued >= a.max_queued then return { full = queued } end
+  end
+  if a.idem then
     redis.call('HSET', a.idem, 'id', a.id, 'digest', a.body_digest)
     set(a.id, 'idem', a.idem)
   end
@@ -74,12 +80,19 @@ function ops.resume(a)
   set(a.id, 'resumed_by', a.nonce, 'plan_queue', a.plan_queue, 'work_queue', a.work_queue)
   if a.token then set(a.id, 'token', a.token) end
   start_over(a.id)
+  redis.call('ZREM', 'pissa:finished', a.id)
   set_status(a.id, 'queued')
   set_phase(a.id, 'queued')
   redis.call('HDEL', J(a.id), 'ms:done')
   emit(a.id, 'resumed', {})
   make_ready(a.id, 'prepare', new_task())
   return {}
+end
+
+-- Jobs that ended before a time, oldest first; what is left is for the next round.
+function ops.finished_before(a)
+  local ids = redis.call('ZRANGEBYSCORE', 'pissa:finished', '-inf', now - a.age_ms, 'LIMIT', 0, 100)
+  return { ids = ids }
 end
 
 function ops.delete(a)
