@@ -8,8 +8,8 @@ import socket
 import threading
 
 import pytest
+from hub.blobs import Bytes
 from hub.faults import Fault
-from hub.repos import Bytes
 from huggingface_hub import constants
 
 from pissa_core.adapters import hub as hub_adapter

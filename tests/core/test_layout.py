@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub.repos import Bytes
+from hub.blobs import Bytes
 from safetensors.torch import save
 
 from pissa_core.adapters.local import LocalSource

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -14,12 +14,16 @@ class Fault:
 
     Attributes:
         path: a regular expression, searched in the path without query.
+        skip: let so many of them pass first.
         status: answer with this status and these `headers`, `code` as X-Error-Code.
         stall_s: wait so long before answering.
         drop: close the connection without an answer.
-        cut_after: close the connection after so many bytes of the body.
-        corrupt_at: flip the byte at this position of the answer's body.
-        drip: send so many bytes at a time, `drip_s` seconds apart.
+        served: do what is asked before answering with `status`, or dropping the connection.
+        run: called with the request's token, by name, before anything else.
+        cut_after: close the connection after so many bytes of the body; of the request's with
+            PUT, else of the answer's, and so with the two below.
+        corrupt_at: flip the byte at this position of the body.
+        drip: so many bytes of the body at a time, `drip_s` seconds apart.
         ignore_range: answer a ranged request with the whole file and status 200.
         body: answer with status 200 and this body, such as a proxy's page.
     """
@@ -27,11 +31,14 @@ class Fault:
     path: str
     method: str = "GET"
     times: int = 1
+    skip: int = 0
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     code: str | None = None
     stall_s: float = 0.0
     drop: bool = False
+    served: bool = False
+    run: Callable[[str], object] | None = None
     cut_after: int | None = None
     corrupt_at: int | None = None
     drip: int | None = None
@@ -55,9 +62,13 @@ class Faults:
     def take(self, method: str, path: str) -> Fault | None:
         with self._lock:
             for fault in self._pending:
-                if fault.times > 0 and fault.method == method and re.search(fault.path, path):
-                    fault.times -= 1
-                    return fault
+                if fault.times <= 0 or fault.method != method or not re.search(fault.path, path):
+                    continue
+                if fault.skip > 0:
+                    fault.skip -= 1
+                    continue
+                fault.times -= 1
+                return fault
         return None
 
     def clear(self) -> None:

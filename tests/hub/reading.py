@@ -2,95 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, quote
 
-from hub.repos import Blob, Bytes, Commit, File, Repo, Token
-from hub.state import Hub
+from hub.blobs import Bytes
+from hub.calls import Answer, Call, Refusal, Route, as_json
+from hub.repos import Commit, File, Repo
 
-
-@dataclass
-class Answer:
-    """Status, headers and body of an answer; the body is a blob so that ranges cost no memory."""
-
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    body: Blob = field(default_factory=lambda: Bytes(b""))
-    ranged: bool = False
-
-
-class Refusal(Exception):
-    """An answer that is an error, as the Hub words it."""
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code = status, message, code
-
-
-def refused(refusal: Refusal) -> Answer:
-    answer = as_json({"error": refusal.message}, refusal.status)
-    answer.headers["X-Error-Message"] = refusal.message
-    if refusal.code:
-        answer.headers["X-Error-Code"] = refusal.code
-    return answer
-
-
-def as_json(value: Any, status: int = 200) -> Answer:
-    return Answer(status, {"Content-Type": "application/json"}, Bytes(json.dumps(value).encode()))
-
-
-@dataclass
-class Call:
-    """One request on its way through a route."""
-
-    hub: Hub
-    token: Token | None
-    query: dict[str, str]
-    body: bytes
-
-    def repo(self, repo_id: str) -> Repo:
-        """Return a repo that the token may see."""
-        repo = self.hub.repos.get(repo_id)
-        if repo is None or not self._sees(repo):
-            status = 404 if self.token else 401
-            raise Refusal(status, "Repository not found", "RepoNotFound")
-        if repo.disabled:
-            raise Refusal(403, "Access to this resource is disabled.")
-        if self.token and repo_id in self.token.forbidden:
-            raise Refusal(403, "the token lacks the permission")
-        return repo
-
-    def commit(self, repo: Repo, revision: str) -> Commit:
-        commit = repo.resolve(revision)
-        if commit is None:
-            raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return commit
-
-    def check_content(self, repo: Repo) -> None:
-        """Refuse the files of a gated repo to those who were not let in."""
-        if repo.gated and not (self.token and self._is_member(repo)):
-            message = f"Access to model {repo.id} is restricted."
-            raise Refusal(403 if self.token else 401, message, "GatedRepo")
-
-    def _sees(self, repo: Repo) -> bool:
-        return not repo.private or (self.token is not None and self._is_member(repo))
-
-    def _is_member(self, repo: Repo) -> bool:
-        assert self.token is not None
-        return self.token.user in {repo.owner, *repo.readers, *repo.writers}
-
-
-Route = Callable[..., Answer]
+_DATE = "2026-01-01T00:00:00.000Z"
 
 
 def whoami(call: Call) -> Answer:
     if call.token is None:
         raise Refusal(401, "Invalid username or password.")
+    orgs = [{"type": "org", "name": name} for name in sorted(call.token.orgs)]
     access = {"accessToken": {"displayName": "test", "role": call.token.role}}
-    return as_json({"type": "user", "name": call.token.user, "orgs": [], "auth": access})
+    return as_json({"type": "user", "name": call.token.user, "orgs": orgs, "auth": access})
 
 
 def model_info(call: Call, repo_id: str, revision: str = "main") -> Answer:
@@ -118,7 +46,8 @@ def tree(call: Call, repo_id: str, revision: str, folder: str = "") -> Answer:
     repo = call.repo(repo_id)
     commit = call.commit(repo, revision)
     recursive = call.query.get("recursive", "").lower() == "true"
-    entries = _tree_entries(commit, folder, recursive)
+    expand = call.query.get("expand", "").lower() == "true"
+    entries = _tree_entries(_Entries(call, repo, commit, expand), folder, recursive)
     if folder and not entries:
         raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
     start = int(call.query.get("cursor", 0))
@@ -127,15 +56,18 @@ def tree(call: Call, repo_id: str, revision: str, folder: str = "") -> Answer:
     if stop < len(entries):
         tail = f"/{quote(folder, safe='')}" if folder else ""
         url = f"{call.hub.endpoint}/api/models/{repo_id}/tree/{quote(revision, safe='')}{tail}"
-        answer.headers["Link"] = f'<{url}?recursive={recursive}&cursor={stop}>; rel="next"'
+        query = f"recursive={recursive}&expand={expand}&cursor={stop}"
+        answer.headers["Link"] = f'<{url}?{query}>; rel="next"'
     return answer
 
 
 def paths_info(call: Call, repo_id: str, revision: str) -> Answer:
     repo = call.repo(repo_id)
     commit = call.commit(repo, revision)
-    wanted = parse_qs(call.body.decode())["paths"]
-    return as_json([_entry(path, commit.files[path]) for path in wanted if path in commit.files])
+    asked = parse_qs(call.body.read().decode())
+    expand = asked.get("expand", ["false"])[-1].lower() == "true"
+    entries = _Entries(call, repo, commit, expand)
+    return as_json([entries.file(path) for path in asked["paths"] if path in commit.files])
 
 
 def refs(call: Call, repo_id: str) -> Answer:
@@ -163,7 +95,7 @@ def commits(call: Call, repo_id: str, revision: str) -> Answer:
                 "title": commit.title,
                 "message": "",
                 "authors": [{"user": repo.owner}],
-                "date": "2026-01-01T00:00:00.000Z",
+                "date": _DATE,
             }
             for commit in repo.history(revision)
         ]
@@ -176,10 +108,7 @@ def auth_check(call: Call, repo_id: str) -> Answer:
 
 
 def auth_check_write(call: Call, repo_id: str) -> Answer:
-    repo = call.repo(repo_id)
-    token = call.token
-    if token is None or token.role != "write" or token.user not in {repo.owner, *repo.writers}:
-        raise Refusal(403 if token else 401, "You don't have the rights to write here")
+    call.writable(repo_id)
     return as_json({})
 
 
@@ -192,12 +121,14 @@ def resolve(call: Call, repo_id: str, revision: str, path: str) -> Answer:
         raise Refusal(404, f"{path} not found", "EntryNotFound")
     headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.etag}"'}
     if not file.lfs:
+        call.seen.subject = f"{repo_id}/{path}"
         return Answer(200, headers, file.blob, ranged=True)
     call.hub.blobs[file.blob.sha256] = file.blob
+    name = quote(f"{repo_id}/{path}")
     headers |= {
         "X-Linked-Size": str(file.size),
         "X-Linked-ETag": f'"{file.etag}"',
-        "Location": f"{call.hub.storage}/blobs/{file.blob.sha256}",
+        "Location": f"{call.hub.storage}/blobs/{file.blob.sha256}?file={name}",
     }
     return Answer(302, headers, Bytes(b"Found. Redirecting"))
 
@@ -224,18 +155,43 @@ def _sibling(path: str, file: File, blobs: bool) -> dict[str, Any]:
     return {**sibling, "lfs": lfs} if file.lfs else sibling
 
 
-def _entry(path: str, file: File) -> dict[str, Any]:
-    entry = {"type": "file", "path": path, "oid": file.git_oid, "size": file.size}
-    if not file.lfs:
+@dataclass(frozen=True)
+class _Entries:
+    """What a tree says of each file of a commit."""
+
+    call: Call
+    repo: Repo
+    commit: Commit
+    expand: bool
+
+    def file(self, path: str) -> dict[str, Any]:
+        file = self.commit.files[path]
+        entry = {"type": "file", "path": path, "oid": file.git_oid, "size": file.size}
+        if file.lfs:
+            lfs = {"oid": file.blob.sha256, "size": file.size, "pointerSize": len(file.pointer)}
+            entry["lfs"] = lfs
+            if self.call.hub.cross_repo:
+                # The client copies across repos by this name; here any will do.
+                entry["xetHash"] = file.blob.sha256[::-1]
+        if self.expand:
+            last = self._last_commit(path)
+            entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": _DATE}
         return entry
-    lfs = {"oid": file.blob.sha256, "size": file.size, "pointerSize": len(file.pointer)}
-    return {**entry, "lfs": lfs}
+
+    def _last_commit(self, path: str) -> Commit:
+        """Return the commit that brought the file as it is."""
+        last = self.commit
+        for earlier in self.repo.history(self.commit.oid):
+            if (file := earlier.files.get(path)) is None or file.etag != last.files[path].etag:
+                break
+            last = earlier
+        return last
 
 
-def _tree_entries(commit: Commit, folder: str, recursive: bool) -> list[dict[str, Any]]:
+def _tree_entries(of: _Entries, folder: str, recursive: bool) -> list[dict[str, Any]]:
     prefix = f"{folder}/" if folder else ""
     entries: dict[str, dict[str, Any]] = {}
-    for path, file in commit.files.items():
+    for path in of.commit.files:
         if not path.startswith(prefix):
             continue
         parts = path.removeprefix(prefix).split("/")
@@ -243,5 +199,5 @@ def _tree_entries(commit: Commit, folder: str, recursive: bool) -> list[dict[str
             name = prefix + "/".join(parts[:depth])
             entries[name] = {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
         if recursive or len(parts) == 1:
-            entries[path] = _entry(path, file)
+            entries[path] = of.file(path)
     return [entries[path] for path in sorted(entries)]

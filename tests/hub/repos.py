@@ -7,57 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+
+from hub.blobs import Blob, Bytes, OnDisk
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx", ".h5", ".msgpack", ".pt")
 LFS_SIZE = 10 << 20
-
-
-class Blob(Protocol):
-    """The content of a file: bytes, a file on disk, or made on the fly."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def sha256(self) -> str: ...
-
-    def read(self, start: int, stop: int) -> bytes: ...
-
-
-@dataclass(frozen=True)
-class Bytes:
-    content: bytes = field(repr=False)
-
-    @property
-    def size(self) -> int:
-        return len(self.content)
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.content).hexdigest()
-
-    def read(self, start: int, stop: int) -> bytes:
-        return self.content[start:stop]
-
-
-@dataclass(frozen=True)
-class OnDisk:
-    path: Path
-
-    @property
-    def size(self) -> int:
-        return self.path.stat().st_size
-
-    @cached_property
-    def sha256(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    def read(self, start: int, stop: int) -> bytes:
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
 
 
 @dataclass(frozen=True)
@@ -98,7 +52,12 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repo. `readers` and `writers` are user names besides the owner's."""
+    """A model repo.
+
+    Attributes:
+        readers: user names besides the owner's; so with `writers`.
+        objects: large files by checksum, committed or only uploaded.
+    """
 
     id: str
     private: bool = False
@@ -109,6 +68,7 @@ class Repo:
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, Blob] = field(default_factory=dict)
 
     @property
     def owner(self) -> str:
@@ -116,7 +76,7 @@ class Repo:
 
     def commit(
         self,
-        changes: Mapping[str, Blob | bytes | Path | None],
+        changes: Mapping[str, File | Blob | bytes | Path | None],
         *,
         branch: str = "main",
         title: str = "a change",
@@ -126,9 +86,11 @@ class Repo:
         files = dict(self.commits[parent].files) if parent else {}
         for path, content in changes.items():
             if content is None:
-                del files[path]
+                files.pop(path, None)
             else:
-                files[path] = _file(path, content)
+                files[path] = file = _file(path, content)
+                if file.lfs:
+                    self.objects[file.blob.sha256] = file.blob
         tree = [(path, file.git_oid) for path, file in sorted(files.items())]
         oid = hashlib.sha1(repr([self.id, parent, title, tree]).encode()).hexdigest()
         made = Commit(oid, parent, title, dict(sorted(files.items())))
@@ -154,12 +116,24 @@ class Repo:
 
 @dataclass
 class Token:
-    """A user's token; `forbidden` names repos that a fine-grained one leaves out."""
+    """A user's token.
+
+    Attributes:
+        role: read or write.
+        forbidden: repos that a fine-grained one leaves out.
+        writes: the only repos that a fine-grained one may change.
+        orgs: organisations in which the user may write.
+    """
 
     user: str
     role: str = "write"
     valid: bool = True
     forbidden: set[str] = field(default_factory=set)
+    writes: set[str] | None = None
+    orgs: set[str] = field(default_factory=set)
+
+    def may_write(self, repo_id: str) -> bool:
+        return self.role == "write" and (self.writes is None or repo_id in self.writes)
 
 
 def files_in(folder: Path) -> dict[str, OnDisk]:
@@ -171,9 +145,16 @@ def files_in(folder: Path) -> dict[str, OnDisk]:
     }
 
 
-def _file(path: str, content: Blob | bytes | Path) -> File:
+def is_large(path: str, size: int) -> bool:
+    """Say whether a file goes to the storage of large files."""
+    return path.endswith(LFS_SUFFIXES) or size > LFS_SIZE
+
+
+def _file(path: str, content: File | Blob | bytes | Path) -> File:
+    if isinstance(content, File):
+        return content
     if isinstance(content, bytes):
         content = Bytes(content)
     elif isinstance(content, Path):
         content = OnDisk(content)
-    return File(content, path.endswith(LFS_SUFFIXES) or content.size > LFS_SIZE)
+    return File(content, is_large(path, content.size))

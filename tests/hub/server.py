@@ -17,12 +17,17 @@ from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from hub.blobs import Blob, Bytes, Gone
+from hub.body import Body, Cut
+from hub.calls import Answer, Call, Refusal, refused
 from hub.faults import Fault
-from hub.reading import READING, Answer, Call, Refusal, refused
-from hub.repos import Blob, Bytes, Token
+from hub.lfs import LFS, put_part
+from hub.reading import READING
+from hub.repos import Token
 from hub.state import Hub, Seen
+from hub.writing import WRITING
 
-ROUTES = READING
+ROUTES = (*READING, *WRITING, *LFS)
 _PIECE = 1 << 20
 
 
@@ -75,28 +80,50 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         query = {key: values[-1] for key, values in parse_qs(split.query).items()}
         # Some headers of a request differ in case only; a plain dict is enough for tests.
-        seen = Seen(
-            self.command, split.path, query, {k.lower(): v for k, v in self.headers.items()}
-        )
-        self.server.hub.seen.append(seen)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        method = "GET" if self.command == "HEAD" else self.command
-        fault = self.server.hub.faults.take(self.command, split.path)
+        headers = {k.lower(): v for k, v in self.headers.items()}
+        seen = Seen(self.command, split.path, query, headers)
+        hub = self.server.hub
+        hub.seen.append(seen)
+        fault = hub.faults.take(self.command, split.path)
+        body = Body(self.rfile, headers, seen, fault if self.command == "PUT" else None)
+        if fault is not None and fault.run is not None:
+            fault.run(headers.get("authorization", "").removeprefix("Bearer "))
         if fault is not None and fault.stall_s:
-            self.server.hub.ended.wait(fault.stall_s)
-        if fault is not None and fault.drop:
+            hub.ended.wait(fault.stall_s)
+        if fault is not None and fault.drop and not fault.served:
             self.close_connection = True
             return
         try:
-            answer = _faulty(fault) or self.answer(method, split.path, query, body)
-        except Refusal as refusal:
-            answer = refused(refusal)
-        self.send(answer, seen, fault)
+            answer = self.work(split.path, query, body, seen, fault)
+            body.drain()
+        except Cut:
+            self.close_connection = True
+            return
+        if fault is not None and fault.drop:
+            self.close_connection = True
+            return
+        self.send(answer, seen, None if self.command == "PUT" else fault)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_one
 
-    def answer(self, method: str, path: str, query: dict[str, str], body: bytes) -> Answer:
-        call = Call(self.server.hub, self.token(), query, body)
+    def work(
+        self, path: str, query: dict[str, str], body: Body, seen: Seen, fault: Fault | None
+    ) -> Answer:
+        """Answer as the route does, or as the fault would have it."""
+        instead = _faulty(fault)
+        if instead is not None and not (fault and fault.served):
+            return instead
+        method = "GET" if self.command == "HEAD" else self.command
+        try:
+            answer = self.answer(method, path, query, body, seen)
+        except Refusal as refusal:
+            return refused(refusal)
+        return instead or answer
+
+    def answer(
+        self, method: str, path: str, query: dict[str, str], body: Body, seen: Seen
+    ) -> Answer:
+        call = Call(self.server.hub, self.token(), query, body, seen)
         for wanted, pattern, work in _COMPILED:
             if wanted == method and (match := pattern.match(path)):
                 named = {k: unquote(v) for k, v in match.groupdict().items() if v is not None}
@@ -135,14 +162,23 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 class _Storage(_Handler):
-    """Where large files are: no tokens, no routes but one."""
+    """Where large files are: no tokens, one route to read and one to write."""
 
-    def answer(self, method: str, path: str, query: dict[str, str], body: bytes) -> Answer:
+    def answer(
+        self, method: str, path: str, query: dict[str, str], body: Body, seen: Seen
+    ) -> Answer:
         if "Authorization" in self.headers:
             raise Refusal(400, "only one way of authentication is allowed")
+        if method == "PUT":
+            call = Call(self.server.hub, None, query, body, seen)
+            name, _, part = path.removeprefix("/uploads/").partition("/")
+            return put_part(call, name, part)
         blob = self.server.hub.blobs.get(path.removeprefix("/blobs/"))
         if blob is None:
             raise Refusal(404, "no such blob")
+        if isinstance(blob, Gone):
+            raise Refusal(410, "this blob was swallowed")
+        seen.subject = query.get("file", "")
         return Answer(200, {"ETag": f'"{blob.sha256}"'}, blob, ranged=True)
 
 
@@ -189,6 +225,7 @@ def running(hub: Hub, *, port: int = 0) -> Iterator[Hub]:
     threads = [threading.Thread(target=server.serve_forever, args=(0.02,)) for server in servers]
     for thread in threads:
         thread.start()
+    hub.ended.clear()
     try:
         yield hub
     finally:
