@@ -16,7 +16,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help setup demo test test-slow test-browser check format bench clean
+.PHONY: help setup demo test test-slow test-browser check audit format bench clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make demo          convert a real model over REST and compare it with the original (MODEL=repo or folder)"
 	@echo "make test          the tests; test-slow and test-browser have the rest"
 	@echo "make check         ruff and mypy; make format puts right what can be"
+	@echo "make audit         known weaknesses of the exact versions (asks pypi.org)"
 	@echo "make bench         measure against PEFT; writes benchmarks/results and benchmarks/README.md"
 	@echo "make clean         remove caches and what demo left"
 
@@ -64,6 +65,12 @@ bench: setup
 	$(foreach script,$(wildcard benchmarks/kernel.py),$(BIN)/python $(script))
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/summary.py
+
+# Known weaknesses of the exact versions; asks pypi.org, in a venv of its own.
+audit: setup
+	test -x .venv/audit/bin/pip-audit || { "$(PYTHON)" -m venv .venv/audit && \
+	  .venv/audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit; }
+	.venv/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
 clean:
 	rm -rf .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
