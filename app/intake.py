@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic_core import ErrorDetails, from_json
 
 from app.errors import InvalidFields, PayloadTooLarge, looks_like_hub_token
 from pissa_core.errors import InvalidConfig, InvalidRequest, OutsideLocalRoot, PissaError
@@ -143,18 +143,23 @@ def parse_object(body: bytes) -> dict[str, Any]:
 def check(schema: TypeAdapter[_Value], data: object) -> _Value:
     """Validate `data` without reading one type as another ("16" is no rank, 0 is not false).
 
-    A fault below `pissa` is the config's, any other the request's.
+    A fault below `pissa` or `lora` is the config's, any other the request's.
     """
     try:
         return schema.validate_python(data, strict=True)
     except ValidationError as error:
         places = [
-            {"loc": ["body", *place_of(item, data)], "msg": _sentence(item)}
+            {"loc": ["body", *_place(item, data)], "msg": _sentence(item)}
             for item in error.errors(include_url=False)
         ]
         loc, message = places[0]["loc"], places[0]["msg"]
-        refusal = InvalidConfig if loc[1:2] == ["pissa"] else InvalidRequest
+        refusal = InvalidConfig if loc[1:2] in (["pissa"], ["lora"]) else InvalidRequest
         raise InvalidFields(refusal(f"{_dotted(loc)}: {message}"), places) from error
+
+
+def _place(item: Mapping[str, Any] | ErrorDetails, data: object) -> list[int | str]:
+    # Which kinds there are is a fault of the whole body to pydantic.
+    return ["kind"] if item["type"] == "unknown_kind" else place_of(item, data)
 
 
 def _sentence(item: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -11,9 +12,13 @@ from pydantic.json_schema import models_json_schema
 
 from app.errors import PROBLEM_JSON, RETRY_AFTER_S
 from app.schemas import CancelBody, Problem
-from worker.contract import BaseToPissa
+from worker.contract import BaseToPissa, PissaToBase, PissaToLora, Verify
 
 Responses = dict[int | str, dict[str, Any]]
+
+_REQUESTS = (BaseToPissa, PissaToLora, PissaToBase, Verify)
+JOB_REQUESTS = tuple(model.__name__ for model in _REQUESTS)
+"""The schemas of a job's body, a kind each."""
 
 _REF = "#/components/schemas/{model}"
 _EXAMPLES: dict[int, tuple[str, str]] = {
@@ -80,9 +85,14 @@ def answer(description: str, example: object, **headers: object) -> dict[str, An
     return documented
 
 
-def body_of(model: str, examples: dict[str, Any], *, required: bool = True) -> dict[str, Any]:
-    """Return `openapi_extra` for a JSON body that the route reads by itself."""
-    content = {"schema": {"$ref": _REF.format(model=model)}, "examples": examples}
+def body_of(
+    models: Sequence[str], examples: dict[str, Any], *, required: bool = True
+) -> dict[str, Any]:
+    """Return `openapi_extra` for a JSON body that the route reads by itself; one of `models`."""
+    references = [{"$ref": _REF.format(model=model)} for model in models]
+    # No discriminator: a body without a kind is for the first, which OpenAPI cannot say with one.
+    schema = references[0] if len(references) == 1 else {"oneOf": references}
+    content = {"schema": schema, "examples": examples}
     return {"requestBody": {"required": required, "content": {"application/json": content}}}
 
 
@@ -98,7 +108,7 @@ def document(app: FastAPI) -> dict[str, Any]:
             tags=app.openapi_tags,
         )
         _, definitions = models_json_schema(
-            [(BaseToPissa, "validation"), (CancelBody, "validation"), (Problem, "validation")],
+            [(model, "validation") for model in (*_REQUESTS, CancelBody, Problem)],
             ref_template=_REF,
         )
         schema["components"]["schemas"] |= definitions["$defs"]

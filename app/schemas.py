@@ -191,6 +191,33 @@ JOB_REQUEST_EXAMPLES: dict[str, Any] = {
             "pissa": {"rank": 128, "init_lora_weights": "pissa", "rounding": "peft"},
         },
     },
+    "to-lora": {
+        "summary": "A trained adapter as plain LoRA for the original model, of rank 16 at most",
+        "value": {
+            "kind": "pissa-to-lora",
+            "initial": "hf://me/name-pissa-r16/pissa_init",
+            "trained": "me/name-trained",
+            "output": "hf://me/name-lora",
+            "lora": {"rank": 16},
+        },
+    },
+    "to-base": {
+        "summary": "A residual model and an adapter for it, merged to a plain model",
+        "value": {
+            "kind": "pissa-to-base",
+            "residual": "me/name-pissa-r16",
+            "adapter": "me/name-trained",
+            "output": "hf://me/name-merged",
+        },
+    },
+    "verify": {
+        "summary": "Whether a published pair still is the model it claims to be",
+        "value": {
+            "kind": "verify",
+            "original": "org/name@main",
+            "converted": "me/name-pissa-r16",
+        },
+    },
 }
 PLAN_REQUEST_EXAMPLES = {"targets": JOB_REQUEST_EXAMPLES["kept"]}
 

@@ -175,6 +175,29 @@ class PissaConfig(_Frozen):
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
+class LoraOptions(_Frozen):
+    """How a trained adapter becomes a plain LoRA; with nothing given it is exact, of rank 2r."""
+
+    rank: Rank | None = Field(None, description="the largest rank a module may have")
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="the share of each module's update (its squared singular values) that may be "
+        "lost; the rank of each module is the smallest that keeps to it",
+    )
+    uniform: bool = Field(
+        False,
+        description="the same rank and scaling for every module, padded with zeros, for servers "
+        "that read only r and lora_alpha",
+    )
+
+    @property
+    def exact(self) -> bool:
+        """Whether every bit of the update is kept."""
+        return self.rank is None and self.tolerance is None
+
+
 def parse_config(data: Mapping[str, Any]) -> PissaConfig:
     """Read a config from JSON or YAML data.
 

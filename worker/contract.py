@@ -6,14 +6,15 @@ about a job lies in the store.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from pissa_core.refs import parse_ref
-from pissa_core.spec import PissaConfig
+from pissa_core.spec import LoraOptions, PissaConfig
 
 
 class Status(StrEnum):
@@ -74,6 +75,9 @@ class Task(StrEnum):
 SOURCE_FIELDS = ("model", "initial", "trained", "residual", "adapter", "original", "converted")
 """The fields of a request, of any kind, that name what is read."""
 
+MAIN_SOURCES = ("model", "trained", "residual", "original")
+"""Of those the one that a job of each kind is about."""
+
 LONGEST_PAGE = 200
 """The most jobs that one page of the list holds."""
 
@@ -109,18 +113,69 @@ def _output(value: object) -> object:
     return {"ref": value} if isinstance(value, str) else value
 
 
-class BaseToPissa(_Closed):
+class WithOutput(_Closed):
+    """A request whose result goes somewhere; without `output` the service keeps the files."""
+
+    output: Annotated[
+        Output | None, BeforeValidator(_output, json_schema_input_type=Reference | Output | None)
+    ] = None
+
+
+class BaseToPissa(WithOutput):
     """A `base-to-pissa` job: base model and config in, residual model and initial adapter out."""
 
     kind: Literal["base-to-pissa"] = "base-to-pissa"
     model: Reference
-    output: Annotated[
-        Output | None, BeforeValidator(_output, json_schema_input_type=Reference | Output | None)
-    ] = None
     pissa: PissaConfig = Field(default_factory=PissaConfig)
 
 
-JobRequest = BaseToPissa  # a union discriminated by `kind` once the other kinds are there
+class PissaToLora(WithOutput):
+    """A `pissa-to-lora` job: trained and initial adapter in, LoRA for the original base out."""
+
+    kind: Literal["pissa-to-lora"]
+    initial: Reference | None = Field(
+        None, description="left out: found through the trained adapter's base model"
+    )
+    trained: Reference
+    lora: LoraOptions = Field(default_factory=LoraOptions)
+
+
+class PissaToBase(WithOutput):
+    """A `pissa-to-base` job: residual model and an adapter in, plain model out."""
+
+    kind: Literal["pissa-to-base"]
+    residual: Reference
+    adapter: Reference
+
+
+class Verify(_Closed):
+    """A `verify` job: original and converted model in, figures and a verdict out; no files."""
+
+    kind: Literal["verify"]
+    original: Reference
+    converted: Reference
+
+
+KINDS = ("base-to-pissa", "pissa-to-lora", "pissa-to-base", "verify")
+"""What a job can do; a request that does not say is for the first."""
+
+
+def _kind_of(value: object) -> str | None:
+    kind = value.get("kind", KINDS[0]) if isinstance(value, Mapping) else getattr(value, "kind", "")
+    return kind if isinstance(kind, str) else None
+
+
+JobRequest = Annotated[
+    Annotated[BaseToPissa, Tag("base-to-pissa")]
+    | Annotated[PissaToLora, Tag("pissa-to-lora")]
+    | Annotated[PissaToBase, Tag("pissa-to-base")]
+    | Annotated[Verify, Tag("verify")],
+    Discriminator(
+        _kind_of,
+        custom_error_type="unknown_kind",
+        custom_error_message=f"there is no such kind of job; there are {', '.join(KINDS)}",
+    ),
+]
 
 
 class Count(BaseModel):

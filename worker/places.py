@@ -20,7 +20,7 @@ from itertools import combinations
 from pathlib import Path
 
 from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
-from worker.contract import SOURCE_FIELDS, JobRequest
+from worker.contract import SOURCE_FIELDS, JobRequest, WithOutput
 from worker.settings import Settings
 from worker.vault import read_or_create
 
@@ -53,7 +53,7 @@ def queue_names(request: JobRequest, shared: Storages) -> tuple[str, str]:
     needed = set()
     if any(isinstance(ref, LocalRef) for ref in references(request)) and shared.root:
         needed.add(shared.root)
-    if getattr(request, "output", None) is None:
+    if isinstance(request, WithOutput) and request.output is None:
         needed.add(shared.data)
     suffix = _suffix(tuple(sorted(needed)))
     return f"plan{suffix}", f"work{suffix}"
@@ -70,7 +70,7 @@ def references(request: JobRequest) -> Iterator[Ref]:
         yield parse_ref(output.ref)
 
 
-def output_ref(request: JobRequest, job_id: str, settings: Settings) -> tuple[Ref, Path | None]:
+def output_ref(request: WithOutput, job_id: str, settings: Settings) -> tuple[Ref, Path | None]:
     """Return where the result goes, and the root that bounds it (None: our own folder, or a Hub).
 
     Kept files lie in the data folder, under the job's id.

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter
 
-from pissa_core.adapters import open_sink, open_source, staging_digest
-from pissa_core.errors import SourceChanged
-from pissa_core.plan import Plan
+from pissa_core.adapters import open_sink, open_source
 from pissa_core.refs import LocalRef, Ref, parse_ref
 from worker.connect import connect
-from worker.contract import JobRequest
+from worker.contract import JobRequest, Verify, WithOutput
 from worker.node import Node
 from worker.places import output_ref
 from worker.settings import Settings
-from worker.store.tasks import Claim, TaskStore
+from worker.store.tasks import Claim, LeaseLost, TaskStore
 from worker.vault import Vault, open_vault
 
 if TYPE_CHECKING:
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from pissa_core.runtime import Runtime
 
 _request: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
+Request = TypeVar("Request", bound=WithOutput | Verify)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,37 +35,34 @@ class Context:
     settings: Settings
     runtime: Runtime
 
-    def request_of(self, claim: Claim) -> JobRequest:
-        """Return what was asked."""
-        return _request.validate_json(claim.request)
+    def request_of(self, claim: Claim, kind: type[Request]) -> Request:
+        """Return what was asked, which the caller knows to be of a certain kind.
+
+        Raises:
+            TypeError: if it is not.
+        """
+        request = _request.validate_json(claim.request)
+        if not isinstance(request, kind):
+            raise TypeError(f"{claim.job_id} is {request.kind}, not {kind.__name__}")
+        return request
 
     def source(self, claim: Claim, ref: str) -> CheckpointSource:
         """Open a checkpoint with the job's own Hub token."""
         token = self.vault.open(claim.sealed_token)
-        return open_source(_trusted(ref), root=self.settings.local_root, token=token)
-
-    def planned_source(self, claim: Claim, plan: Plan) -> CheckpointSource:
-        """Open the checkpoint that was planned.
-
-        Raises:
-            SourceChanged: if it is no longer in the state that the plan was made from.
-        """
-        source = self.source(claim, plan.source)
-        request = self.request_of(claim)
-        if staging_digest(source, request.pissa, self.output_name(claim)) != claim.digest:
-            raise SourceChanged(
-                f"the files of {plan.source} have changed since the job was planned",
-                hint="it is planned again from what is there now",
-            )
-        return source
+        return open_source(trusted_ref(ref), root=self.settings.local_root, token=token)
 
     def output_name(self, claim: Claim) -> str:
         """Return what names the output in the digest of the staging area."""
-        return str(output_ref(self.request_of(claim), claim.job_id, self.settings)[0])
+        request = self.request_of(claim, WithOutput)
+        return str(output_ref(request, claim.job_id, self.settings)[0])
 
-    def sink(self, claim: Claim, digest: str) -> CheckpointSink:
-        """Open the place the result goes to."""
-        ref, root = output_ref(self.request_of(claim), claim.job_id, self.settings)
+    def sink(self, claim: Claim, digest: str | None = None) -> CheckpointSink:
+        """Open the place the result goes to; the digest is the job's own once it is planned."""
+        digest = digest or claim.digest
+        if digest is None:
+            raise LeaseLost(claim.job_id)
+        request = self.request_of(claim, WithOutput)
+        ref, root = output_ref(request, claim.job_id, self.settings)
         return open_sink(ref, digest=digest, root=root)
 
 
@@ -88,6 +84,7 @@ def context() -> Context:
     )
 
 
-def _trusted(ref: str) -> Ref:
+def trusted_ref(ref: str) -> Ref:
+    """Read a reference that was accepted before, or that we wrote ourselves."""
     # A plan names a folder by its absolute path, which may begin like a reference of another kind.
     return LocalRef(ref) if ref.startswith("/") else parse_ref(ref)

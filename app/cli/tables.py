@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from app.cli.units import count, duration, size
+from worker.contract import MAIN_SOURCES
 
 Row = Sequence[str]
 
@@ -129,10 +130,11 @@ def loading_snippet(base: str, revision: str | None = None, model_class: str | N
 def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
     """Print one line a job."""
     print_table(
-        ("id", "status", "phase", "matrices", "created", "model"),
+        ("id", "kind", "status", "phase", "matrices", "created", "model"),
         [
             (
                 job["id"],
+                job["kind"],
                 job["status"],
                 job["phase"],
                 _of(job["progress"]["matrices"]),
@@ -141,7 +143,7 @@ def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:
             )
             for job in jobs
         ],
-        right=(3,),
+        right=(4,),
     )
 
 
@@ -150,5 +152,5 @@ def _of(counted: Mapping[str, int]) -> str:
 
 
 def _asked(request: Mapping[str, Any]) -> str:
-    source = request.get("model") or request.get("initial") or request.get("residual")
-    return str(source or request.get("original") or "")
+    named = (request.get(field) for field in MAIN_SOURCES)
+    return str(next((ref for ref in named if ref), ""))

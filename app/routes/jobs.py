@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 
 from app.auth import Asking
 from app.intake import JobBody, check, optional_object
-from app.openapi import answer, body_of, problems
+from app.openapi import JOB_REQUESTS, answer, body_of, problems
 from app.routes.deps import HubToken, OwnJob, Store, etag_matches
 from app.schemas import (
     JOB_EXAMPLE,
@@ -51,7 +51,7 @@ def _accepted(response: Response, job: Job, *, status: int = 202) -> Job:
         202: answer("Accepted", JOB_EXAMPLE, Location=_LOCATION, Retry_After=str(POLL_AFTER_S)),
         **problems(401, 403, 413, 422, 503),
     },
-    openapi_extra=body_of("BaseToPissa", JOB_REQUEST_EXAMPLES),
+    openapi_extra=body_of(JOB_REQUESTS, JOB_REQUEST_EXAMPLES),
 )
 def submit_job(
     response: Response,
@@ -150,7 +150,7 @@ def get_job(
         202: answer("It is cancelled, or about to be", _FINISHED, Location=_LOCATION),
         **problems(401, 403, 404, 409, 413, 422, 503),
     },
-    openapi_extra=body_of("CancelBody", {"keep": {"value": {"discard": False}}}, required=False),
+    openapi_extra=body_of(["CancelBody"], {"keep": {"value": {"discard": False}}}, required=False),
 )
 def cancel_job(
     response: Response,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Request
@@ -14,6 +14,7 @@ from app.intake import PlanBody
 from app.openapi import answer, body_of, problems
 from app.routes.deps import HubToken, Store
 from app.schemas import PLAN_EXAMPLE, PLAN_REQUEST_EXAMPLES, PlanAnswer
+from worker.contract import BaseToPissa
 
 PLAN_TIMEOUT_S = 30.0
 MAX_WAITING = 32
@@ -29,7 +30,7 @@ router = APIRouter(prefix="/v1/plans", tags=["plans"])
         200: answer("What the job would do", PLAN_EXAMPLE),
         **problems(401, 403, 404, 413, 422, 429, 503, 504),
     },
-    openapi_extra=body_of("BaseToPissa", PLAN_REQUEST_EXAMPLES),
+    openapi_extra=body_of(["BaseToPissa"], PLAN_REQUEST_EXAMPLES),
 )
 async def make_plan(
     request: Request, _caller: Asking, body: PlanBody, store: Store, hub_token: HubToken = None
@@ -45,7 +46,8 @@ async def make_plan(
             f"{MAX_WAITING} plans are being waited for already", hint="ask again in a few seconds"
         )
     timeout_s: float = request.app.state.plan_timeout_s
-    plan_id = await run_in_threadpool(store.request_plan, body.request, hub_token=hub_token)
+    asked = cast(BaseToPissa, body.request)
+    plan_id = await run_in_threadpool(store.request_plan, asked, hub_token=hub_token)
     return await to_thread.run_sync(
         lambda: store.plan_result(plan_id, timeout_s=timeout_s), limiter=waiting
     )

@@ -76,7 +76,8 @@ function drawHead(head, job, reopen) {
     el("div", { class: "row" },
       el("span", { class: `pill ${job.status}`, role: "status" }, job.status),
       el("span", { class: "mono" }, job.id)),
-    el("h1", {}, job.request.model ?? job.kind),
+    el("h1", {}, format.subject(job.request) || job.kind),
+    el("p", { class: "lead" }, format.wish(job.request)),
     job.status === "running" && el("p", { class: "lead" }, doing(job)),
     job.status !== "succeeded" && el("div", { class: "bars" },
       bar("Matrices", matrices.done, matrices.total, `${matrices.done} of ${matrices.total || "?"}`),
@@ -87,7 +88,10 @@ function drawHead(head, job, reopen) {
       el("p", {}, el("strong", {}, `${job.error.code}: `), job.error.message),
       job.error.hint && el("p", {}, job.error.hint)),
     figures([
-      ["Output", job.result?.output ?? job.request.output?.ref ?? "kept by the service"],
+      ["Kind", job.kind],
+      ["Output", job.result?.output ?? job.request.output?.ref
+        ?? (job.kind === "verify" ? "" : "kept by the service")],
+      ["Verdict", { true: "passed", false: "not passed" }[job.result?.passed]],
       ["Submitted", new Date(job.created_at).toLocaleString()],
       ["Took", format.seconds(job.result?.seconds)],
       ["Matrices", job.result && format.count(job.result.matrices)],

@@ -43,3 +43,21 @@ export function ago(text) {
   if (passed < 86400) return `${seconds(passed)} ago`;
   return new Date(text).toLocaleDateString();
 }
+
+// What a job of any kind is about, and what is to become of it.
+export function subject(request) {
+  return request.model ?? request.trained ?? request.residual ?? request.original ?? "";
+}
+
+export function wish(request) {
+  const output = request.output?.ref ?? "files kept by the service";
+  if (request.kind === "verify") return `verify ${request.converted}`;
+  if (request.kind === "pissa-to-base") return `merged with ${request.adapter} → ${output}`;
+  if (request.kind === "pissa-to-lora") return `${loraForm(request.lora ?? {})} → ${output}`;
+  return `rank ${request.pissa?.rank ?? "?"} → ${output}`;
+}
+
+function loraForm({ rank, tolerance }) {
+  const limits = [rank && `rank ≤ ${rank}`, tolerance && `loss ≤ ${tolerance}`].filter(Boolean);
+  return `LoRA, ${limits.join(", ") || "exact"}`;
+}

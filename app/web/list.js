@@ -24,12 +24,10 @@ export function doing(job) {
 
 function entry(job) {
   const active = ["running", "cancelling"].includes(job.status);
-  const asked = job.request.pissa ?? {};
-  const output = job.request.output?.ref ?? "files kept by the service";
   return el("li", {}, el("a", { href: `#/jobs/${job.id}` },
-    el("span", { class: "model" }, job.request.model ?? job.id),
+    el("span", { class: "model" }, format.subject(job.request) || job.id),
     el("span", { class: "when" }, el("span", { class: `pill ${job.status}` }, job.status)),
-    el("span", { class: "meta" }, `rank ${asked.rank ?? "?"} → ${output}`),
+    el("span", { class: "meta" }, format.wish(job.request)),
     el("time", { class: "when", datetime: job.created_at }, format.ago(job.created_at)),
     active && el("progress", { max: 1, value: share(job), "aria-label": doing(job) }),
     active && el("span", { class: "meta" }, doing(job)),

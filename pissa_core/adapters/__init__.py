@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pissa_core.errors import InvalidReference
 from pissa_core.refs import LocalRef, Ref, resolve_local
@@ -52,10 +53,18 @@ def open_sink(ref: Ref, *, digest: str, root: Path | None = None) -> CheckpointS
 
 
 def staging_digest(source: CheckpointSource, config: PissaConfig, output: str) -> str:
+    """Name the staging area of a `base-to-pissa` result; see `request_digest`."""
+    return request_digest("base-to-pissa", [source], config.model_dump(mode="json"), output)
+
+
+def request_digest(
+    kind: str, sources: Sequence[CheckpointSource], options: Mapping[str, Any], output: str
+) -> str:
     """Name the staging area of one result, so that every later attempt at it finds what is done.
 
-    The digest covers the state of the source, the config and the output; a second job for the
-    same thing, a resumed one and a command run again all get the same.
+    The digest covers the kind of work, the state of every source, the options and the output; a
+    second job for the same thing, a resumed one and a command run again all get the same.
     """
-    identity = [source.ref, source.fingerprint, config.model_dump(mode="json"), output]
+    read = [[source.ref, source.fingerprint] for source in sources]
+    identity = [kind, read, dict(options), output]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

@@ -35,6 +35,37 @@ def test_defaults_are_filled_in():
     assert request.pissa.rank == 16
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"kind": "pissa-to-lora", "initial": "a/b", "trained": "a/c", "lora": {"rank": None}},
+        {"kind": "pissa-to-lora", "trained": "a/c", "output": "a/d", "lora": {"tolerance": 0.01}},
+        {"kind": "pissa-to-base", "residual": "a/b", "adapter": "a/c", "output": {"ref": "a/d"}},
+        {"kind": "verify", "original": "a/b", "converted": "a/c"},
+    ],
+)
+def test_every_kind_of_job_is_accepted_and_survives_the_store(data):
+    request = taken(data).request
+    assert request.kind == data["kind"]
+    assert SCHEMA.validate_json(request.model_dump_json()) == request
+
+
+@pytest.mark.parametrize(
+    ("options", "place"),
+    [({"rank": 0}, "lora.rank"), ({"tolerance": 1}, "lora.tolerance"), ({"r": 8}, "lora.r")],
+)
+def test_a_fault_in_the_options_of_a_lora_is_invalid_config(options, place):
+    error = refused({"kind": "pissa-to-lora", "trained": "org/name", "lora": options})
+    assert error.cause.code == "invalid_config"
+    assert error.cause.message.startswith(f"{place}: ")
+
+
+@pytest.mark.parametrize("field", ["initial", "trained"])
+def test_references_of_every_kind_stay_below_the_root(field):
+    body = {"kind": "pissa-to-lora", "trained": "org/name", field: "./adapter"}
+    assert refused(body).cause.code == "outside_local_root"
+
+
 def test_an_output_may_be_a_reference_or_an_object():
     short = taken({"model": "org/name", "output": "hf://me/name"}).request
     long = taken({"model": "org/name", "output": {"ref": "hf://me/name"}}).request
@@ -81,6 +112,12 @@ def test_a_fault_in_the_config_is_invalid_config(config, place, words):
         ({}, "model"),
         ({"model": 3}, "model"),
         ({"kind": "nonsense", "model": "org/name"}, "kind"),
+        ({"kind": None, "model": "org/name"}, "kind"),
+        ({"kind": ["verify"], "model": "org/name"}, "kind"),
+        ({"kind": "pissa-to-lora", "initial": "org/name"}, "trained"),
+        ({"kind": "pissa-to-lora", "trained": "org/name", "model": "org/name"}, "model"),
+        ({"kind": "pissa-to-base", "residual": "org/name"}, "adapter"),
+        ({"kind": "verify", "original": "a/b", "converted": "a/c", "output": "a/d"}, "output"),
         ({"model": "org/name", "hub_token": "secret"}, "hub_token"),
         ({"model": "org/name", "output": {"ref": "me/x", "private": "perhaps"}}, "output.private"),
         ({"model": "org/name", "output": {"ref": "me/x", "pissa": 1}}, "output.pissa"),

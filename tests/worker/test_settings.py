@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from pissa_core.errors import InvalidRequest, OutsideLocalRoot, PissaError, TokenInvalid
-from worker.contract import BaseToPissa
+from worker.contract import BaseToPissa, Verify
 from worker.errors import error_from
 from worker.logs import redact
 from worker.node import Node, Role, start_method
@@ -113,6 +113,11 @@ def test_queues_follow_from_what_a_job_touches() -> None:
         )  # fmt: skip
     assert set(shared.queues) == {suffix for _, suffix in cases}
     assert Storages(DATA).queues == ("", f".{DATA}")
+
+
+def test_verify_keeps_no_files_and_so_needs_no_data_folder() -> None:
+    asked = Verify(kind="verify", original="org/n", converted="./out")
+    assert queue_names(asked, Storages(DATA, ROOT)) == (f"plan.{ROOT}", f"work.{ROOT}")
 
 
 def test_a_local_output_stays_below_the_root(tmp_path: Path) -> None:

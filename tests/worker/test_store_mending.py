@@ -12,6 +12,7 @@ from store_tools import DIGEST, REQUEST, do_all, do_prepare, do_shard, make_plan
 from worker_tools import wait_for
 
 from pissa_core.errors import Cancelled, HubUnavailable, PissaError, SourceChanged
+from pissa_core.plan import Plan
 from worker.contract import Phase, Status, Task
 from worker.processes import holder_id, is_dead
 from worker.settings import Settings
@@ -365,7 +366,7 @@ def test_a_planned_job_keeps_its_sealed_work_while_its_lease_changes_hands(
     job_id = submit(store)
     claim = take(tasks, job_id, "prepare")
     tasks.planned(claim, make_plan(), DIGEST)
-    assert tasks.plan_of(job_id) == make_plan()
+    assert Plan.from_json(tasks.plan_text(job_id)) == make_plan()
     assert connection.client.smembers(f"pissa:staging:{DIGEST}") == {job_id}
 
 

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from pissa_core.errors import Cancelled, PissaError
-from pissa_core.plan import Plan
 from worker.settings import Settings
 from worker.store.connection import Connection
+
+
+class WorkShard(Protocol):
+    """A unit of fan-out: the file it makes or looks at, and the bytes its progress counts."""
+
+    @property
+    def path(self) -> str: ...  # noqa: D102
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+
+class Work(Protocol):
+    """A plan of any kind: its shards become tasks, its matrices are counted."""
+
+    @property
+    def shards(self) -> Sequence[WorkShard]: ...  # noqa: D102
+    @property
+    def matrices(self) -> Sequence[object]: ...  # noqa: D102
+    def to_json(self) -> str: ...  # noqa: D102
 
 
 class LeaseLost(Exception):
@@ -115,7 +133,7 @@ class TaskStore:
         """Give the task back, to be taken up again if the job goes on."""
         self._write("release", claim)
 
-    def plan_of(self, job_id: str) -> Plan:
+    def plan_text(self, job_id: str) -> str:
         """Return the plan that `planned` stored.
 
         Raises:
@@ -125,9 +143,9 @@ class TaskStore:
         text = self.connection.ask(lambda: client.get(f"pissa:job:{job_id}:plan"))
         if text is None:
             raise LeaseLost(job_id)
-        return Plan.from_json(str(text))
+        return str(text)
 
-    def planned(self, claim: Claim, plan: Plan, digest: str) -> None:
+    def planned(self, claim: Claim, plan: Work, digest: str) -> None:
         """Store the plan and make a task of every shard; ends `prepare`."""
         self._write(
             "planned",
@@ -149,7 +167,7 @@ class TaskStore:
         """Store a row of the manifest and count the matrix, once."""
         event = {
             "module": row["module"],
-            "shard": row["shard"],
+            "shard": row.get("shard"),
             "energy": row.get("energy"),
             "seconds": round(seconds, 4),
             "resumed": resumed,
