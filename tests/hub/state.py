@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,20 @@ class Hub:
     def sent_bytes(self, subject: str = "") -> int:
         """Bytes sent so far, of all bodies or of one ORG/NAME/PATH."""
         return sum(seen.sent for seen in list(self.seen) if subject in ("", seen.subject))
+
+    def counts(self) -> dict[str, Any]:
+        """Return bytes down and up, whole uploads by checksum, and commits, so far."""
+        down, up = Counter[str](), Counter[str]()
+        for seen in list(self.seen):
+            down[seen.subject] += seen.sent
+            up[seen.subject] += seen.received
+        return {
+            "sent": down,
+            "received": up,
+            "uploads": self.uploads.finished,
+            "commits": list(self.commits),
+            "requests": len(self.seen),
+        }
 
     def received_bytes(self, subject: str = "") -> int:
         """Bytes of bodies received so far, of all or of one large file by checksum."""
