@@ -9,6 +9,9 @@ TORCH_INDEX ?=
 # A repo id or a folder for `make demo`
 MODEL ?=
 PYTEST_ARGS ?=
+# Of make test-chaos: how many rounds, and the seed of the first (replays a round that failed).
+ROUNDS ?=
+SEED ?=
 # A process a core, but four at most: each imports torch. A file's tests stay together.
 PARALLEL ?= -n logical --maxprocesses 4 --dist loadfile
 
@@ -16,13 +19,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help setup demo test test-slow test-browser check audit format bench clean
+.PHONY: help setup demo test test-slow test-browser test-chaos check audit format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make setup         .venv with the exact versions of constraints.txt (TORCH_INDEX=URL for other torch builds)"
 	@echo "make demo          convert a real model over REST and compare it with the original (MODEL=repo or folder)"
 	@echo "make test          the tests; test-slow and test-browser have the rest"
+	@echo "make test-chaos    kill the service's processes, again and again (ROUNDS=20 SEED=1)"
 	@echo "make check         ruff and mypy; make format puts right what can be"
 	@echo "make audit         known weaknesses of the exact versions (asks pypi.org)"
 	@echo "make bench         measure against PEFT; writes benchmarks/results and benchmarks/README.md"
@@ -44,13 +48,17 @@ demo: setup
 	$(BIN)/python -m app.demo $(if $(MODEL),"$(MODEL)")
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not browser" $(PARALLEL) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not browser and not chaos" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not browser" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not browser and not chaos" $(PYTEST_ARGS)
 
 test-browser: setup
 	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)
+
+test-chaos: setup
+	PISSA_CHAOS_ROUNDS="$(ROUNDS)" PISSA_CHAOS_SEED="$(SEED)" \
+	  $(BIN)/python -m pytest -m chaos tests/chaos $(PYTEST_ARGS)
 
 check: setup
 	$(BIN)/ruff format --no-cache --check .
