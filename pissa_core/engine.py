@@ -7,21 +7,15 @@ that into a progress bar, a log line or the state of a job. To stop, stop iterat
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
-
-import torch
 
 from pissa_core.adapters.disk import disk_errors
 from pissa_core.assembly import publication
+from pissa_core.decompose import decompose
 from pissa_core.errors import (
     CheckpointError,
     DiskTooSmall,
     MemoryTooSmall,
-    NonFiniteWeight,
-    OutOfMemory,
     OutputError,
     PissaError,
     Refused,
@@ -38,14 +32,13 @@ from pissa_core.events import (
     ShardSealed,
     ShardStarted,
 )
-from pissa_core.plan import Matrix, Plan, ShardPlan
+from pissa_core.headstart import HeadStart
+from pissa_core.plan import Plan, ShardPlan
 from pissa_core.planning import make_plan, matrix_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource, Seal
 from pissa_core.runtime import Resolved, Runtime, resolve
-from pissa_core.slots import run_in_slots
 from pissa_core.spec import PissaConfig, parse_config
-from pissa_core.split import matrix_seed, split_principal
-from pissa_core.workbench import Workbench, open_workbench
+from pissa_core.workbench import open_workbench
 
 
 def convert(
@@ -55,6 +48,7 @@ def convert(
     runtime: Runtime,
     *,
     plan: Plan | None = None,
+    head_start: HeadStart | None = None,
 ) -> Iterator[Event]:
     """Convert a checkpoint from beginning to end in this process.
 
@@ -70,7 +64,7 @@ def convert(
     try:
         if sink.published() is None:
             for shard in plan.shards:
-                yield from run_shard(plan, shard.path, source, sink, runtime)
+                yield from run_shard(plan, shard.path, source, sink, runtime, head_start)
         yield from publish(plan, source, sink)
     except PissaError as error:
         if is_hopeless(error):
@@ -105,7 +99,12 @@ def check_plan(
 
 
 def run_shard(
-    plan: Plan, shard: str, source: CheckpointSource, sink: CheckpointSink, runtime: Runtime
+    plan: Plan,
+    shard: str,
+    source: CheckpointSource,
+    sink: CheckpointSink,
+    runtime: Runtime,
+    head_start: HeadStart | None = None,
 ) -> Iterator[ShardStarted | MatrixDone | ShardSealed]:
     """Convert one shard: private copy, each matrix decomposed and patched in, both files sealed.
 
@@ -125,7 +124,9 @@ def run_shard(
                 if matrix.tensor in rows:
                     nbytes = matrix.stop - matrix.start
                     yield MatrixDone(shard, rows[matrix.tensor], nbytes, 0.0, resumed=True)
-            for done in _decompose_missing(plan, work, bench, resolve(runtime)):
+            missing = [matrix for matrix in work.matrices if matrix.tensor not in rows]
+            config = parse_config(plan.config)
+            for done in decompose(missing, config, bench, resolve(runtime), head_start):
                 rows[done.row["tensor"]] = done.row
                 yield done
             ordered = tuple(rows[matrix.tensor] for matrix in work.matrices)
@@ -148,58 +149,6 @@ def publish(
         sink.publish(publication(plan, source, sink, seals))
     yield Published(sink.ref, json.loads(sink.published() or b"{}"))
     sink.discard()
-
-
-def _decompose_missing(
-    plan: Plan, shard: ShardPlan, bench: Workbench, resolved: Resolved
-) -> Iterator[MatrixDone]:
-    config = parse_config(plan.config)
-    missing = [matrix for matrix in shard.matrices if matrix.tensor not in bench.rows]
-    sized = [(matrix, matrix_bytes(matrix, config.svd.method)) for matrix in missing]
-    work = partial(_decompose, config=config, bench=bench, device=resolved.device)
-    yield from run_in_slots(work, sized, slots=resolved.slots, budget=resolved.budget)
-
-
-def _decompose(
-    matrix: Matrix, *, config: PissaConfig, bench: Workbench, device: torch.device
-) -> MatrixDone:
-    began = time.perf_counter()
-    try:
-        stored = bench.original(matrix).to(device)
-        weight = stored.t() if matrix.transposed else stored
-        split = split_principal(
-            weight,
-            matrix.rank,
-            scaling=matrix.scaling,
-            svd=config.svd,
-            seed=matrix_seed(config.svd.seed, matrix.tensor),
-            rounding=config.rounding,
-            adapter_dtype=getattr(torch, config.adapter_dtype),
-        )
-    except NonFiniteWeight as error:
-        where = " of its transpose" if matrix.transposed else ""
-        raise NonFiniteWeight(
-            f"{matrix.tensor}: {error.message}{where}", hint=error.hint
-        ) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _ran_out_of_memory(error):
-            raise
-        raise _out_of_memory(matrix, config.svd.method) from error
-    row = _row(matrix) | split.certificate.as_row()
-    bench.finish(matrix, split.R.cpu(), split.A.cpu(), split.B.cpu(), row)
-    nbytes = matrix.stop - matrix.start
-    return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
-
-
-def _row(matrix: Matrix) -> dict[str, Any]:
-    return {
-        "module": matrix.module,
-        "tensor": matrix.tensor,
-        "shard": matrix.shard,
-        "shape": list(matrix.shape),
-        "rank": matrix.rank,
-        "scaling": matrix.scaling,
-    }
 
 
 def _seal_of(sink: CheckpointSink, shard: ShardPlan) -> Seal:
@@ -232,18 +181,3 @@ def _check_memory(plan: Plan, resolved: Resolved) -> None:
             f"memory budget is {resolved.budget:,}",
             hint="raise --memory-budget, or exclude the module",
         )
-
-
-def _ran_out_of_memory(error: BaseException) -> bool:
-    # torch raises a plain RuntimeError when a CPU allocation fails; there is no class for it.
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
-
-
-def _out_of_memory(matrix: Matrix, method: str) -> OutOfMemory:
-    needed = matrix_bytes(matrix, method)
-    return OutOfMemory(
-        f"memory ran out at {matrix.tensor} {list(matrix.shape)}, which needs about {needed:,} "
-        "bytes",
-        hint="use fewer slots or a smaller memory budget, or a machine with more memory",
-    )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import psutil
 import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
 
 
 def usable_cores() -> int:
@@ -26,12 +29,23 @@ def default_budget() -> int:
     return int(psutil.virtual_memory().available) // 2
 
 
+@dataclass(slots=True)
+class _Flight(Generic[Item]):
+    """An item in flight; `crowded` once another was in flight beside it."""
+
+    item: Item
+    size: int
+    crowded: bool = False
+
+
 def run_in_slots(
     work: Callable[[Item], Result],
     items: Iterable[tuple[Item, int]],
     *,
     slots: int,
     budget: int,
+    ran_out: Callable[[BaseException], bool] | None = None,
+    last_resort: Callable[[Item], Result] | None = None,
 ) -> Iterator[Result]:
     """Yield `work(item)` for each item, as each is done.
 
@@ -39,29 +53,51 @@ def run_in_slots(
     most `budget` bytes; an item larger than the budget runs alone. Closing the iterator, or an
     error in one item, begins nothing more and waits for what is in flight.
 
+    Where memory runs out for an item that was not alone, there is one slot less from then on and
+    the item is begun again; for one that was alone, `last_resort` is asked, if there is one.
+
     Args:
         work: called in a thread whose torch uses one intra-op thread.
         items: pairs of item and the bytes it needs while in flight.
         slots: most items in flight.
         budget: most bytes in flight.
+        ran_out: whether an error says that there was too little memory; it may free some.
+        last_resort: another way to do an item, which needs other memory.
     """
     waiting = list(items)[::-1]
-    running: dict[Future[Result], int] = {}
+    running: dict[Future[Result], _Flight[Item]] = {}
     pool = ThreadPoolExecutor(slots, "matrix", initializer=torch.set_num_threads, initargs=(1,))
     try:
         while waiting or running:
-            while waiting and _fits(waiting[-1][1], running, slots, budget):
-                item, size = waiting.pop()
-                running[pool.submit(work, item)] = size
+            while waiting and _fits(waiting[-1][1], running.values(), slots, budget):
+                flight = _Flight(*waiting.pop())
+                running[pool.submit(work, flight.item)] = flight
+            for flight in running.values():
+                flight.crowded |= len(running) > 1
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                del running[future]
-                yield future.result()
+                flight = running.pop(future)
+                error = future.exception()
+                if error is None or ran_out is None or not ran_out(error):
+                    yield future.result()
+                elif flight.crowded:
+                    slots = _one_less(slots)
+                    waiting.append((flight.item, flight.size))
+                elif last_resort is not None:
+                    yield pool.submit(last_resort, flight.item).result()
+                else:
+                    raise error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fits(size: int, running: dict[Future[Result], int], slots: int, budget: int) -> bool:
+def _one_less(slots: int) -> int:
+    fewer = max(1, slots - 1)
+    _log.warning("memory ran out with up to %d matrices in flight; going on with %d", slots, fewer)
+    return fewer
+
+
+def _fits(size: int, running: Collection[_Flight[Item]], slots: int, budget: int) -> bool:
     if not running:
         return True
-    return len(running) < slots and sum(running.values()) + size <= budget
+    return len(running) < slots and sum(flight.size for flight in running) + size <= budget

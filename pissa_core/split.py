@@ -51,6 +51,7 @@ def split_principal(
     seed: int,
     rounding: str,
     adapter_dtype: torch.dtype,
+    found: TruncatedSvd | None = None,
 ) -> Split:
     """Split W into a principal adapter and the residual that completes it.
 
@@ -74,17 +75,18 @@ def split_principal(
     Sign     ``faithful``: the largest |entry| of each column of B is positive; ties go to the
              lowest row. ``peft``: LAPACK's. Columns that share a sigma are not unique.
     Random   from `seed` alone, see `truncated_svd`; threads in flight do not disturb each other.
-    Cost     the SVD, plus 4 m n r flops (6 if W is float32) in one pass that forms R and
-             measures. Memory: `working_bytes`.
+    Cost     the SVD, unless it was found before, plus 4 m n r flops (6 if W is float32) in one
+             pass that forms R and measures. Memory: `working_bytes`.
     Raises   RankTooLarge if r > min(m, n); NonFiniteWeight, naming the first bad index;
              UnsupportedDtype if a factor or R does not fit the range of its dtype.
     Source   Meng, Wang, Zhang 2024, arXiv:2404.02948 (their A, B are our B, A).
     """
     _check_shape(W, rank)
     try:
-        found = truncated_svd(
-            W, rank, method=svd.method, tolerance=svd.tolerance, niter=svd.niter, seed=seed
-        )
+        if found is None:
+            found = truncated_svd(
+                W, rank, method=svd.method, tolerance=svd.tolerance, niter=svd.niter, seed=seed
+            )
     except (ValueError, RuntimeError):
         _refuse_non_finite(W)
         raise

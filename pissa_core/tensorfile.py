@@ -69,9 +69,9 @@ def make_header(entries: Sequence[Entry]) -> Header:
     return Header(encoded, starts, position)
 
 
-def empty(shape: tuple[int, ...], dtype: str) -> tuple[Tensor, memoryview]:
-    """Return an uninitialised tensor and the writable bytes behind it."""
-    tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype])
+def empty(shape: tuple[int, ...], dtype: str, *, pinned: bool = False) -> tuple[Tensor, memoryview]:
+    """Return an uninitialised tensor, page-locked if wanted, and the writable bytes behind it."""
+    tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype], pin_memory=pinned)
     return tensor, memory_of(tensor)
 
 

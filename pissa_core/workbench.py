@@ -68,13 +68,13 @@ class Workbench:
         self._journal = journal
         self.rows = self._verified_rows()
 
-    def original(self, matrix: Matrix) -> Tensor:
+    def original(self, matrix: Matrix, *, pinned: bool = False) -> Tensor:
         """Return the matrix as the source has it, in its own dtype and stored shape.
 
         A downloaded copy serves as its own original until its range is first written; after
         that, only the source can tell what was there.
         """
-        tensor, buffer = empty(matrix.shape, matrix.dtype)
+        tensor, buffer = empty(matrix.shape, matrix.dtype, pinned=pinned)
         if self._source.rereads or not self._journal.untouched(matrix.tensor):
             self._source.read_into(self._shard.path, matrix.start, buffer)
         else:

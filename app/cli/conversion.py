@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import time
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +30,10 @@ from worker.processes import peak_memory_bytes
 if TYPE_CHECKING:
     from pissa_core.plan import Plan
     from pissa_core.ports import CheckpointSink, CheckpointSource
+
+
+HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
+"""Has torch ask for huge pages: a matrix is in memory in a thirtieth of the page faults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +86,27 @@ class Conversion:
         with planning(str(self.model), self.config, **limits, debug=self.debug) as pending:
             # torch is imported here while the child plans; an output that cannot be is found
             # long before the plan is made.
-            from pissa_core.runtime import Runtime, resolve
+            os.environ.setdefault(*HUGE_PAGES)
+            with _no_collecting():
+                from pissa_core.engine import convert as run_engine
+                from pissa_core.headstart import HeadStart
+                from pissa_core.runtime import Runtime, resolve
 
             runtime = Runtime(self.device, self.slots, self.memory_budget)
-            resolve(runtime)
+            resolved = resolve(runtime)
             source, sink = self._open()
-            made = pending.result()
+            head_start = HeadStart(source, self.config, resolved)
+            try:
+                made = pending.result()
+            finally:
+                head_start.finish()
         if made.commit != source.commit:
             raise SourceChanged(
                 f"{self.model} moved from commit {source.commit} to {made.commit} meanwhile",
                 hint="run the command again",
             )
-        from pissa_core.engine import convert as run_engine
-
         follower = Follower(shown, made, began)
-        events = run_engine(source, sink, self.config, runtime, plan=made)
+        events = run_engine(source, sink, self.config, runtime, plan=made, head_start=head_start)
         with closing(cast("Generator[Event, None, None]", events)):
             for event in events:
                 follower.take(event)
@@ -108,6 +120,17 @@ class Conversion:
         sink = open_sink(self.out, digest=staging_digest(source, self.config, where))
         sink.check(source)
         return source, sink
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Keep the collector from going through a million new objects while modules are imported."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @dataclass(slots=True)

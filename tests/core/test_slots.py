@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -88,3 +90,87 @@ def test_a_device_that_is_not_there_is_refused(device):
 def test_what_is_given_is_kept():
     resolved = resolve(Runtime(device="cpu", slots=3, memory_budget=12345))
     assert (resolved.device.type, resolved.slots, resolved.budget) == ("cpu", 3, 12345)
+
+
+class Room:
+    """Work that finds memory short whenever more than so many are in flight."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.lock = room, threading.Lock()
+        self.now = 0
+        self.failures = 0
+
+    def __call__(self, item: int) -> int:
+        with self.lock:
+            self.now += 1
+            short = self.now > self.room
+            self.failures += short
+        time.sleep(0.005)
+        with self.lock:
+            self.now -= 1
+        if short:
+            raise MemoryError
+        return item
+
+
+def is_memory_error(error: BaseException) -> bool:
+    return isinstance(error, MemoryError)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_where_memory_runs_out_slots_are_given_up_and_every_item_is_done(room, caplog):
+    work = Room(room)
+    items = [(n, 1) for n in range(20)]
+    done = list(run_in_slots(work, items, slots=4, budget=99, ran_out=is_memory_error))
+    assert sorted(done) == list(range(20))
+    assert 1 <= work.failures <= 4
+    assert "going on with 3" in caplog.text
+
+
+def test_an_item_that_does_not_fit_alone_goes_the_other_way_or_ends_it():
+    items = [(n, 1) for n in range(6)]
+    options = {"slots": 2, "budget": 9, "ran_out": is_memory_error}
+    done = list(run_in_slots(Room(0), items, last_resort=lambda n: -n, **options))
+    assert sorted(done) == [-5, -4, -3, -2, -1, 0]
+    with pytest.raises(MemoryError):
+        list(run_in_slots(Room(0), items, **options))
+
+
+def test_another_error_is_not_taken_for_want_of_memory():
+    def work(item: int) -> int:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(run_in_slots(work, [(1, 1)], slots=2, budget=9, ran_out=is_memory_error))
+
+
+SHORT_OF_MEMORY = """
+import resource, sys, time
+import torch
+from pissa_core.decompose import _ran_out_of_memory
+from pissa_core.slots import run_in_slots
+
+def work(n):
+    held = torch.ones(n, 64 << 20)  # 256 MB of float32 a row
+    time.sleep(0.05)
+    return n
+
+list(run_in_slots(lambda n: n, [(n, 1) for n in range(4)], slots=4, budget=9))
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (900 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+print(sorted(run_in_slots(work, [(1, 1)] * 6, slots=4, budget=9, ran_out=_ran_out_of_memory)))
+try:
+    list(run_in_slots(work, [(9, 1)], slots=4, budget=9, ran_out=_ran_out_of_memory))
+except RuntimeError as error:
+    print("can't allocate memory" in str(error))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_an_allocation_that_the_kernel_refuses_lowers_the_slots():
+    ended = subprocess.run(
+        [sys.executable, "-c", SHORT_OF_MEMORY], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split("\n")[:2] == ["[1, 1, 1, 1, 1, 1]", "True"]
+    assert "memory ran out" in ended.stderr

@@ -1,0 +1,187 @@
+"""The matrices of one shard: read, split, written; several in flight, as memory allows."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa_core.errors import NonFiniteWeight, OutOfMemory
+from pissa_core.events import MatrixDone
+from pissa_core.headstart import HeadStart
+from pissa_core.plan import Matrix
+from pissa_core.planning import matrix_bytes
+from pissa_core.runtime import Resolved
+from pissa_core.slots import run_in_slots
+from pissa_core.spec import PissaConfig
+from pissa_core.split import matrix_seed, split_principal
+from pissa_core.workbench import Workbench
+
+_CPU = torch.device("cpu")
+_log = logging.getLogger(__name__)
+
+
+def decompose(
+    matrices: list[Matrix],
+    config: PissaConfig,
+    bench: Workbench,
+    resolved: Resolved,
+    head_start: HeadStart | None = None,
+) -> Iterator[MatrixDone]:
+    """Split each matrix and write its residual and factors; yield each as it is done.
+
+    Reading, arithmetic and writing overlap, since every matrix has a thread of its own. On a GPU
+    each thread has a stream and page-locked buffers of its own as well, so that copies in both
+    directions overlap with the arithmetic of other matrices, and nothing waits for the device as a
+    whole. Where memory runs out there is one slot less from then on; a matrix that is too large for
+    a GPU even alone is done on the CPU, and its row says so.
+
+    Raises:
+        OutOfMemory: if a matrix does not fit even alone.
+        NonFiniteWeight: naming the tensor and the first bad entry.
+    """
+    job = _Job(config, bench, head_start)
+    sized = [(matrix, matrix_bytes(matrix, config.svd.method)) for matrix in matrices]
+    on_cpu = partial(job.on_the_cpu_instead, device=resolved.device)
+    yield from run_in_slots(
+        partial(job.run, lanes=_Lanes(resolved.device)),
+        sized,
+        slots=resolved.slots,
+        budget=resolved.budget,
+        ran_out=_ran_out_of_memory,
+        last_resort=None if resolved.device.type == "cpu" else on_cpu,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What all matrices have in common."""
+
+    config: PissaConfig
+    bench: Workbench
+    head_start: HeadStart | None
+
+    def run(self, matrix: Matrix, *, lanes: _Lanes) -> MatrixDone:
+        """Split one matrix in this thread's lane and write what came out."""
+        began = time.perf_counter()
+        try:
+            with lanes.own():
+                row, *results = self._split(matrix, lanes)
+                residual, a, b = lanes.to_host(*results)
+            del results
+        except NonFiniteWeight as error:
+            where = " of its transpose" if matrix.transposed else ""
+            raise NonFiniteWeight(
+                f"{matrix.tensor}: {error.message}{where}", hint=error.hint
+            ) from error
+        except (MemoryError, RuntimeError) as error:
+            if _ran_out_of_memory(error):
+                raise self._out_of_memory(matrix) from error
+            raise
+        self.bench.finish(matrix, residual, a, b, row)
+        nbytes = matrix.stop - matrix.start
+        return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
+
+    def on_the_cpu_instead(self, matrix: Matrix, *, device: torch.device) -> MatrixDone:
+        """Split a matrix on the CPU that is too large for the device."""
+        _log.warning(
+            "%s %s does not fit %s; it is decomposed on the CPU",
+            matrix.tensor,
+            list(matrix.shape),
+            device,
+        )
+        return self.run(matrix, lanes=_Lanes(_CPU))
+
+    def _split(
+        self, matrix: Matrix, lanes: _Lanes
+    ) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
+        stored = lanes.to_device(self.bench.original(matrix, pinned=lanes.pinned))
+        split = split_principal(
+            stored.t() if matrix.transposed else stored,
+            matrix.rank,
+            scaling=matrix.scaling,
+            svd=self.config.svd,
+            seed=matrix_seed(self.config.svd.seed, matrix.tensor),
+            rounding=self.config.rounding,
+            adapter_dtype=getattr(torch, self.config.adapter_dtype),
+            found=None if self.head_start is None else self.head_start.take(matrix),
+        )
+        row = _row(matrix) | split.certificate.as_row() | {"device": lanes.device.type}
+        return row, split.R, split.A, split.B
+
+    def _out_of_memory(self, matrix: Matrix) -> OutOfMemory:
+        needed = matrix_bytes(matrix, self.config.svd.method)
+        return OutOfMemory(
+            f"memory ran out at {matrix.tensor} {list(matrix.shape)}, which needs about {needed:,} "
+            "bytes",
+            hint="use fewer slots or a smaller memory budget, or a machine with more memory",
+        )
+
+
+class _Lanes:
+    """A stream of its own for each thread on a GPU; nothing on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pinned = device.type == "cuda"
+        self._threads = threading.local()
+
+    def own(self) -> AbstractContextManager[Any]:
+        """Make this thread's stream the current one."""
+        if not self.pinned:
+            return nullcontext()
+        if not hasattr(self._threads, "stream"):
+            self._threads.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self._threads.stream)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """Copy to the device without waiting; a page-locked source is kept until it is read."""
+        return tensor.to(self.device, non_blocking=True)
+
+    def to_host(self, *tensors: Tensor) -> list[Tensor]:
+        """Copy to page-locked memory, and wait for this thread's stream alone."""
+        if not self.pinned:
+            return list(tensors)
+        copies = [torch.empty_like(t, device=_CPU, pin_memory=True) for t in tensors]
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        self._threads.stream.synchronize()
+        return copies
+
+
+def _row(matrix: Matrix) -> dict[str, Any]:
+    return {
+        "module": matrix.module,
+        "tensor": matrix.tensor,
+        "shard": matrix.shard,
+        "shape": list(matrix.shape),
+        "rank": matrix.rank,
+        "scaling": matrix.scaling,
+    }
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so; if it does, what its frames still held is let go."""
+    # torch raises a plain RuntimeError when a CPU allocation fails; there is no class for it.
+    kinds = (OutOfMemory, MemoryError, torch.OutOfMemoryError)
+    if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
+        return False
+    if isinstance(error, OutOfMemory):  # the thread has left the frames below
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__
+        gc.collect()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+    return True
