@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+from urllib.parse import urlsplit
 
 import pytest
 from hub.faults import Fault
+from hub.server import running
+from hub.state import Hub
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     BadRequestError,
@@ -183,6 +186,31 @@ def test_copies_across_repos_only_where_the_hub_can(hub, api):
     assert hub.received_bytes(SHA) == hub.sent_bytes("you/source/model.safetensors") == 0
 
 
+def test_a_large_file_that_no_commit_holds_is_forgotten_in_time(hub, api):
+    api.create_branch(ID, branch=STAGING)
+    api.preupload_lfs_files(ID, [lost := CommitOperationAdd("lost.safetensors", SHARD)])
+    add(api, {"held.safetensors": b"held"}, revision=STAGING)
+    hub.repos[ID].collect_garbage()
+    with pytest.raises(BadRequestError, match="does not exist"):
+        api.create_commit(ID, [lost], commit_message="too late")
+    held = CommitOperationCopy("held.safetensors", "held.safetensors", src_revision=STAGING)
+    api.create_commit(ID, [held], commit_message="held")
+    assert content(hub, "held.safetensors") == b"held"
+
+
+def test_a_hub_that_comes_back_has_what_it_had(tmp_path):
+    hub = Hub(folder=tmp_path)
+    with running(hub):
+        api = HfApi(endpoint=hub.endpoint, token=hub.create_token("me"))
+        api.create_repo(ID)
+        add(api, {"model.safetensors": SHARD})
+    with pytest.raises(Exception, match="refused"):
+        api.model_info(ID)
+    with running(hub, port=urlsplit(hub.endpoint).port):
+        assert names(api) == {"model.safetensors"}
+        assert content(hub, "model.safetensors") == SHARD
+
+
 # --- who may ----------------------------------------------------------------------------------
 
 
@@ -262,6 +290,28 @@ def test_a_commit_that_succeeds_though_the_answer_says_no(hub, api):
         add(api, {"b.txt": b"b"})
     assert names(api) == {"a.txt", "b.txt"}
     assert hub.commits == [(ID, "main")] * 2
+
+
+def test_refusals_of_storage_and_hub(hub, api):
+    hub.faults.add(Fault("/objects/batch", method="POST", status=413))
+    hub.faults.add(Fault("^/uploads/", method="PUT", status=403))
+    for _ in range(2):
+        with pytest.raises((HfHubHTTPError, RuntimeError)):
+            add(api, {"model.safetensors": SHARD})
+    hub.faults.add(Fault("/commit/", method="POST", status=429, headers={"Retry-After": "7"}))
+    with pytest.raises(HfHubHTTPError) as caught:
+        add(api, {"model.safetensors": SHARD})
+    assert caught.value.response.headers["Retry-After"] == "7"
+    assert hub.uploads.finished == {SHA: 1}
+    add(api, {"model.safetensors": SHARD})
+    assert hub.uploads.finished == {SHA: 1}
+
+
+def test_an_upload_that_the_storage_takes_slowly(hub, api):
+    hub.faults.add(Fault("^/uploads/", method="PUT", drip=50_000, drip_s=0.02))
+    hub.faults.add(Fault("/commit/", method="POST", stall_s=0.1))
+    add(api, {"model.safetensors": SHARD})
+    assert content(hub, "model.safetensors") == SHARD
 
 
 def test_a_token_that_is_revoked_midway(hub, api):

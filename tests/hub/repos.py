@@ -98,6 +98,14 @@ class Repo:
         self.branches[branch] = oid
         return made
 
+    def collect_garbage(self) -> None:
+        """Forget large files that no commit of a branch or tag holds, as the Hub does in time."""
+        heads = [*self.branches, *self.tags]
+        kept = [
+            file for head in heads for made in self.history(head) for file in made.files.values()
+        ]
+        self.objects = {file.blob.sha256: file.blob for file in kept if file.lfs}
+
     def resolve(self, revision: str) -> Commit | None:
         """Find a commit by branch, tag, full ref or hash."""
         name = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
