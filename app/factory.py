@@ -13,6 +13,7 @@ from app.errors import add_error_handlers
 from app.limits import Limits
 from app.middleware import Guard
 from app.routes import events, jobs, operations, pages, plans, results
+from app.traffic import Traffic
 from pissa_core import __version__
 from worker.settings import Settings
 from worker.store import JobStore
@@ -64,6 +65,7 @@ def create_app(
     app.state.store = store
     app.state.api_keys = ApiKeys(settings.api_keys)
     app.state.limits = Limits(settings)
+    app.state.traffic = Traffic()
     app.state.plan_timeout_s = plan_timeout_s
     app.state.plan_limiter = CapacityLimiter(plans.MAX_WAITING)
     add_error_handlers(app)

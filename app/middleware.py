@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import internal_problem
+from app.traffic import Traffic, route_of
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SECURITY_HEADERS = {
@@ -44,11 +46,13 @@ class Guard:
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
+        begun = time.perf_counter()
 
         async def send_guarded(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                _note(scope, message["status"], time.perf_counter() - begun)
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
                 for name, value in SECURITY_HEADERS.items():
@@ -64,6 +68,11 @@ class Guard:
                 raise  # Half an answer is out: only a broken connection says that it is half.
             logger.exception("request %s failed", request_id)
             await internal_problem(request_id)(scope, receive, send_guarded)
+
+
+def _note(scope: Scope, status: int, seconds: float) -> None:
+    traffic: Traffic = scope["app"].state.traffic
+    traffic.count(scope["method"], route_of(scope), status, seconds)
 
 
 def _request_id(scope: Scope) -> str:

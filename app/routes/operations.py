@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from app.errors import problem
@@ -10,6 +10,7 @@ from app.metrics import StoreCollector
 from app.openapi import answer, problems
 from app.routes.deps import Store
 from app.schemas import READY_EXAMPLE, Liveness, Readiness, WorkerEntry
+from app.traffic import Traffic
 from worker.errors import StoreUnavailable
 
 router = APIRouter(tags=["operations"])
@@ -60,8 +61,10 @@ def readyz(store: Store) -> Response | Readiness:
         **problems(503),
     },
 )
-def metrics(store: Store) -> Response:
-    """Count jobs, workers and waiting time, as the store knows them now."""
+def metrics(request: Request, store: Store) -> Response:
+    """Count jobs, work, failures and workers as the store knows them, and this process's answers."""
+    traffic: Traffic = request.app.state.traffic
     registry = CollectorRegistry()
     registry.register(StoreCollector(store))
-    return Response(generate_latest(registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    text = generate_latest(registry) + generate_latest(traffic.registry)
+    return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -12,6 +12,7 @@ from worker.errors import JobNotFound
 from worker.settings import Settings
 from worker.store.connection import Connection
 from worker.store.events import Events
+from worker.store.figures import Figures, as_figures
 from worker.store.manifest import rows_so_far
 from worker.store.records import WorkerInfo, as_job
 
@@ -114,9 +115,11 @@ class JobReader:
 
     def counts(self) -> dict[Status, int]:
         """Return how many jobs there are in each state."""
-        client = self.connection.client
-        counted: Any = self.connection.ask(lambda: client.hgetall("pissa:counts"))
-        return {status: int(counted.get(status, 0)) for status in Status}
+        return dict(self.figures().jobs)
+
+    def figures(self) -> Figures:
+        """Return what is counted of jobs and their work, at one moment."""
+        return as_figures(self.connection.call("figures"))
 
     def _many(
         self, ids: Collection[str], *, owner: str | None, statuses: Collection[Status] = ()

@@ -12,7 +12,9 @@
 --   pissa:sent:QUEUE        zset: "ID|task" -> when its message was sent; bounded by the window
 --   pissa:served            hash: queue -> when a worker was last seen to serve it
 --   pissa:queued            hash: owner -> how many of its jobs are queued
+--   pissa:waiting           zset: queued jobs -> since when
 --   pissa:finished          zset: finished jobs -> when they ended
+--   pissa:totals            hash: what the metrics count; numbers that only grow
 --   pissa:staging:DIGEST    set: jobs that may go on from what is staged under DIGEST
 --
 -- Task states: ready -> sent -> leased -> done, with delayed in between for a retry.
@@ -38,6 +40,8 @@ local function emit_json(id, kind, json)
   redis.call('XADD', sub(id, 'events'), 'MAXLEN', '~', 200000, '*', 'type', kind, 'data', json)
 end
 
+local function count(what, by) redis.call('HINCRBY', 'pissa:totals', what, by or 1) end
+
 local FINAL = { succeeded = true, failed = true, cancelled = true }
 
 local function set_status(id, status)
@@ -48,6 +52,12 @@ local function set_status(id, status)
     redis.call('HINCRBY', 'pissa:counts', status, 1)
     local queued = (status == 'queued' and 1 or 0) - (before == 'queued' and 1 or 0)
     if queued ~= 0 then redis.call('HINCRBY', 'pissa:queued', get(id, 'owner'), queued) end
+    if status == 'queued' then
+      redis.call('ZADD', 'pissa:waiting', now, id)
+    else
+      redis.call('ZREM', 'pissa:waiting', id)
+    end
+    if FINAL[status] then count('ended:' .. status) end
   end
   set(id, 'status', status)
 end
@@ -56,7 +66,12 @@ end
 local function set_phase(id, phase)
   local before = get(id, 'phase')
   if before == phase then return end
-  if before then redis.call('HINCRBY', J(id), 'ms:' .. before, now - number(id, 'phase_at')) end
+  if before then
+    local spent = now - number(id, 'phase_at')
+    redis.call('HINCRBY', J(id), 'ms:' .. before, spent)
+    -- A job that lies there done, until somebody resumes it, spends no time.
+    if before ~= 'done' and get(id, 'kind') ~= 'plan' then count('ms:' .. before, math.max(spent, 0)) end
+  end
   set(id, 'phase', phase, 'phase_at', now)
 end
 

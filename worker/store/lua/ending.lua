@@ -26,6 +26,12 @@ local function forget_staging(id)
   redis.call('HDEL', J(id), 'digest')
 end
 
+local function count_failure(id)
+  local error = get(id, 'error')
+  local what = get(id, 'kind') == 'plan' and 'plan_failed:' or 'failed:'
+  count(what .. (error and cjson.decode(error).code or 'internal'))
+end
+
 local function finalize(id, outcome)
   for _, t in ipairs(redis.call('HKEYS', sub(id, 'tasks'))) do unhook(id, t) end
   redis.call('DEL', sub(id, 'tasks'), sub(id, 'ready'), sub(id, 'held'))
@@ -38,6 +44,7 @@ local function finalize(id, outcome)
   set_status(id, outcome)
   set(id, 'finished', now)
   if get(id, 'kind') ~= 'plan' then redis.call('ZADD', 'pissa:finished', now, id) end
+  if outcome == 'failed' then count_failure(id) end
   if outcome == 'succeeded' then
     redis.call('HDEL', J(id), 'error')
     redis.call('DEL', sub(id, 'rows'))
@@ -85,6 +92,7 @@ end
 -- A worker died, or fell silent, while it held the task.
 local function lose(id, t, task, a)
   task.lost = task.lost + 1
+  count('lost:' .. a.code)
   drop_task(id, t)
   local ending = get(id, 'ending')
   if ending and not get(id, 'published') then

@@ -30,6 +30,7 @@ function ops.submit(a)
     'plan_queue', a.plan_queue, 'work_queue', a.work_queue)
   if a.token then set(a.id, 'token', a.token) end
   set_status(a.id, 'queued')
+  count('submitted:' .. a.kind)
   if a.kind == 'plan' then
     make_ready(a.id, 'plan', new_task())
   else

@@ -19,7 +19,18 @@ local function answer(a)
 end
 
 local function remember_peak(a)
+  if a.peak then
+    local highest = tonumber(redis.call('HGET', 'pissa:workers:peak', a.worker) or '0')
+    redis.call('HSET', 'pissa:workers:peak', a.worker, math.max(a.peak, highest))
+  end
   if a.peak and a.peak > number(a.id, 'peak') then set(a.id, 'peak', a.peak) end
+end
+
+-- Counted once however often a task is tried; what an earlier attempt had done is told apart.
+local function count_work(a, matrices, bytes)
+  local how = a.resumed and ':resumed' or ':done'
+  count('matrices' .. how, math.max(matrices, 0))
+  count('bytes' .. how, math.max(bytes, 0))
 end
 
 local function note_start(a, task)
@@ -124,6 +135,7 @@ function ops.retry(a)
   redis.call('ZADD', 'pissa:delayed', now + delay, member(a.id, t))
   if redis.call('SCARD', sub(a.id, 'held')) == 0 then set_phase(a.id, 'waiting') end
   local data = cjson.decode(a.error)
+  count('retried:' .. data.code)
   emit(a.id, 'waiting', { task = t, code = data.code, message = data.message, delay_s = delay / 1000 })
   return {}
 end
@@ -161,6 +173,7 @@ function ops.matrix_done(a)
     redis.call('HINCRBY', J(a.id), 'matrices_done', 1)
     redis.call('HINCRBY', J(a.id), 'bytes_done', a.nbytes)
     if a.resumed then redis.call('HINCRBY', J(a.id), 'bytes_resumed', a.nbytes) end
+    count_work(a, 1, a.nbytes)
     task.bytes, task.matrices = task.bytes + a.nbytes, task.matrices + 1
     put_task(a.id, a.task, task)
     emit_json(a.id, 'matrix_done', a.event)
@@ -177,6 +190,8 @@ function ops.shard_done(a)
   redis.call('HINCRBY', J(a.id), 'matrices_done', a.matrices - task.matrices)
   redis.call('HINCRBY', J(a.id), 'bytes_done', a.nbytes - task.bytes)
   if a.resumed then redis.call('HINCRBY', J(a.id), 'bytes_resumed', a.nbytes - task.bytes) end
+  count_work(a, a.matrices - task.matrices, a.nbytes - task.bytes)
+  count('shards' .. (a.resumed and ':resumed' or ':done'))
   local done = redis.call('HINCRBY', J(a.id), 'shards_done', 1)
   remember_peak(a)
   emit(a.id, 'shard_done', { shard = a.shard, resumed = a.resumed or false, bytes = a.nbytes,
