@@ -62,7 +62,7 @@ def readyz(store: Store) -> Response | Readiness:
     },
 )
 def metrics(request: Request, store: Store) -> Response:
-    """Count jobs, work, failures and workers as the store knows them, and this process's answers."""
+    """Count jobs, work and workers as the store knows them, and what this process answered."""
     traffic: Traffic = request.app.state.traffic
     registry = CollectorRegistry()
     registry.register(StoreCollector(store))
