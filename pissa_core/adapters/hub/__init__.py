@@ -6,6 +6,6 @@ what went wrong into our errors and decides how long to wait, ``source.py`` read
 
 from pissa_core.adapters.hub.client import HubClient
 from pissa_core.adapters.hub.source import HubSource
-from pissa_core.adapters.hub.trouble import OPENING, TRANSFER, Patience
+from pissa_core.adapters.hub.waiting import OPENING, TRANSFER, Patience
 
 __all__ = ["OPENING", "TRANSFER", "HubClient", "HubSource", "Patience"]

@@ -6,6 +6,7 @@ again, and its retries wait as long as any server tells them to.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,14 +17,23 @@ import httpx2
 from huggingface_hub import HfApi, hf_hub_url, set_client_factory
 from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.hf_api import ModelInfo, RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub.utils import (
+    build_hf_headers,
+    disable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+)
 from huggingface_hub.utils._http import hf_request_event_hook
 
-from pissa_core.adapters.hub.trouble import OPENING, TRANSFER, TROUBLES, Patience, Subject, Waiting
+from pissa_core.adapters.hub.trouble import TROUBLES, Subject
+from pissa_core.adapters.hub.waiting import OPENING, TRANSFER, Notice, Patience, Waiting
 from pissa_core.errors import TokenInvalid
 
 TIMEOUT = httpx2.Timeout(connect=10, read=30, write=60, pool=60)
 """Seconds; `read` is the longest silence, not the longest transfer."""
+
+COMMIT_TIMEOUT = httpx2.Timeout(connect=10, read=120, write=60, pool=60)
+"""Seconds for a commit, which the Hub may answer after a minute."""
 
 PIECE = 8 << 30
 """Bytes asked for at a time: beyond 50 GB the Hub's storage answers only ranged requests."""
@@ -57,19 +67,35 @@ class Pinned:
 class _Client(httpx2.Client):
     """An HTTP client for which "no timeout given" means ours; the Hub client gives None."""
 
-    def build_request(self, *args: Any, timeout: Any = None, **kwargs: Any) -> httpx2.Request:
+    def build_request(
+        self, method: str, url: Any, *, timeout: Any = None, **kwargs: Any
+    ) -> httpx2.Request:
         """Build a request as usual, with our timeouts unless others are given."""
-        return super().build_request(
-            *args, timeout=timeout if isinstance(timeout, (int, float)) else TIMEOUT, **kwargs
-        )
+        ours = COMMIT_TIMEOUT if "/commit/" in str(url) and method == "POST" else TIMEOUT
+        given = timeout if isinstance(timeout, (int, float)) else ours
+        return super().build_request(method, url, timeout=given, **kwargs)
+
+
+def _refuse_hidden_waits(response: httpx2.Response) -> None:
+    """Raise where the Hub asks to wait: the client would sleep as long as told, unseen."""
+    asked = "Retry-After" in response.headers and response.is_server_error
+    if response.status_code == 429 or asked:
+        response.read()
+        hf_raise_for_status(response)
 
 
 @cache
 def _install() -> None:
-    """Have the official client use `_Client`, once a process."""
+    """Have the official client use `_Client`, once a process, and keep it from talking."""
+    # Its warnings hold signed addresses of the storage, which are nobody else's to read.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    disable_progress_bars()
     set_client_factory(
         lambda: _Client(
-            event_hooks={"request": [hf_request_event_hook]},
+            event_hooks={
+                "request": [hf_request_event_hook],
+                "response": [_refuse_hidden_waits],
+            },
             follow_redirects=True,
             timeout=TIMEOUT,
         )
@@ -86,6 +112,7 @@ class HubClient:
         endpoint: str | None = None,
         opening: Patience = OPENING,
         transfer: Patience = TRANSFER,
+        on_wait: Notice | None = None,
     ) -> None:
         """Open no connection yet.
 
@@ -94,6 +121,7 @@ class HubClient:
             endpoint: the Hub's address; None leaves it to the client (``HF_ENDPOINT``).
             opening: patience for calls about a repo.
             transfer: patience for data.
+            on_wait: told of every pause that the Hub, or its absence, makes necessary.
 
         Raises:
             TokenInvalid: if `token` cannot be one.
@@ -106,17 +134,20 @@ class HubClient:
         _install()
         self.endpoint = (endpoint or ENDPOINT).rstrip("/")
         self._headers = build_hf_headers(token=token, headers=_AGENT)
-        self._api = HfApi(endpoint=self.endpoint, token=token, headers=_AGENT)
+        self.api = HfApi(endpoint=self.endpoint, token=token, headers=_AGENT)
         self._opening, self._transfer = opening, transfer
+        self.on_wait = on_wait
 
-    def subject(self, repo_id: str, revision: str | None, *, pinned: bool = False) -> Subject:
+    def subject(
+        self, repo_id: str, revision: str | None, *, pinned: bool = False, writing: bool = False
+    ) -> Subject:
         """Name what a call is about, for the messages of its errors."""
         with_token = "authorization" in self._headers
-        return Subject(repo_id, revision, self.endpoint, with_token, pinned)
+        return Subject(repo_id, revision, self.endpoint, with_token, pinned, writing)
 
-    def call(self, work: Callable[[], T], subject: Subject) -> T:
-        """Run one call about a repo that changes nothing there; try again while that may help."""
-        waiting = Waiting(self._opening)
+    def call(self, work: Callable[[], T], subject: Subject, patience: Patience | None = None) -> T:
+        """Run one call that may be made twice; try again while that may help."""
+        waiting = Waiting(patience or self._opening, self.on_wait)
         while True:
             try:
                 return work()
@@ -137,19 +168,19 @@ class HubClient:
         """
         subject = self.subject(repo_id, revision)
         info = self.call(
-            lambda: self._api.model_info(repo_id, revision=revision, files_metadata=True), subject
+            lambda: self.api.model_info(repo_id, revision=revision, files_metadata=True), subject
         )
         if info.sha is None:
             raise subject.unavailable(f"named no commit of {repo_id}").error
         if info.gated:
             # Anybody may list a gated repo; who may read it is another question.
-            self.call(lambda: self._api.auth_check(repo_id), subject)
+            self.call(lambda: self.api.auth_check(repo_id), subject)
         if len(info.siblings or ()) < _LISTED:
             return Pinned(info.sha, _files_of(info))
         return Pinned(info.sha, self.call(lambda: self._tree(repo_id, info.sha), subject))
 
     def _tree(self, repo_id: str, commit: str | None) -> dict[str, HubFile]:
-        tree = self._api.list_repo_tree(repo_id, revision=commit, recursive=True)
+        tree = self.api.list_repo_tree(repo_id, revision=commit, recursive=True)
         return {
             entry.path: HubFile(
                 entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs is not None else None
@@ -170,7 +201,7 @@ class HubClient:
         """
         subject = self.subject(repo_id, commit, pinned=True)
         url = hf_hub_url(repo_id, path, revision=commit, endpoint=self.endpoint)
-        waiting = Waiting(self._transfer)
+        waiting = Waiting(self._transfer, self.on_wait)
         position = start
         while position < stop:
             end = min(stop, position + PIECE)

@@ -74,6 +74,20 @@ class HubSource:
         """The commit hash, which stands for every byte of the repo."""
         return self._commit
 
+    @property
+    def repo_id(self) -> str:
+        """The repo."""
+        return self._ref.repo_id
+
+    @property
+    def endpoint(self) -> str:
+        """The Hub's address."""
+        return self._client.endpoint
+
+    def path_in_repo(self, path: str) -> str:
+        """Return where a file lies in the repo, subfolder included."""
+        return self._prefix + path
+
     def files(self) -> Mapping[str, FileInfo]:
         """Every file at the commit, below the subfolder."""
         return self._files

@@ -1,4 +1,4 @@
-"""What the Hub or the way to it answers when something is wrong, in our words; and how to wait.
+"""What the Hub or the way to it answers when something is wrong, in our words.
 
 Everything that the client raises is translated here and nowhere else, from status and headers,
 never from the wording of a message. No message holds a token.
@@ -6,20 +6,22 @@ never from the wording of a message. No message holds a token.
 
 from __future__ import annotations
 
-import random
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub.errors import DisabledRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from pissa_core.adapters.hub.waiting import Trouble
 from pissa_core.errors import (
     AccessError,
+    DiskFull,
     GatedRepo,
     HubUnavailable,
     NoReadAccess,
+    NoWriteAccess,
+    PissaError,
     RateLimited,
     RepoNotFound,
     RevisionNotFound,
@@ -30,76 +32,9 @@ from pissa_core.errors import (
 TROUBLES = (httpx2.HTTPError, httpx2.InvalidURL, OfflineModeIsEnabled)
 """What the client raises; `HfHubHTTPError` is an `httpx2.HTTPError`."""
 
-_ENOUGH_PROGRESS = 1 << 20  # bytes that make a failed transfer worth new patience
 _PASSING = {408, 425, 500, 502, 503, 504}
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to go on when the Hub does not answer, or asks to wait.
-
-    Attributes:
-        give_up_s: seconds without progress after which the error is raised.
-        longest_pause_s: seconds of pauses that the Hub may ask for (429, Retry-After) besides.
-        first_wait_s, longest_wait_s: bounds of the doubling wait between tries.
-    """
-
-    give_up_s: float
-    longest_pause_s: float
-    first_wait_s: float = 1.0
-    longest_wait_s: float = 15.0
-
-
-OPENING = Patience(give_up_s=12, longest_pause_s=12)
-"""For the first calls: somebody is waiting, and a plan must answer within 30 s."""
-
-TRANSFER = Patience(give_up_s=120, longest_pause_s=330)
-"""For data: the Hub's rate limits are counted over 300 s, so the next window is waited for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """One failure: our error, whether trying again may help, and a pause the Hub asked for."""
-
-    error: AccessError
-    passing: bool = False
-    pause_s: float | None = None
-
-
-@dataclass(slots=True)
-class Waiting:
-    """The waiting of one call: raises the trouble's error once patience is at an end."""
-
-    patience: Patience
-    _tries: int = 0
-    _received: int = 0
-    _paused_s: float = 0.0
-    _since: float = field(default_factory=time.monotonic)
-
-    def received(self, nbytes: int) -> None:
-        """Note progress; enough of it renews the patience."""
-        self._received += nbytes
-        if self._received >= _ENOUGH_PROGRESS:
-            self._tries, self._received, self._paused_s = 0, 0, 0.0
-            self._since = time.monotonic()
-
-    def after(self, trouble: Trouble) -> None:
-        """Sleep before the next try, or raise."""
-        wait_s = self._next_wait_s(trouble.pause_s or 0.0) if trouble.passing else None
-        if wait_s is None:
-            raise trouble.error
-        self._tries += 1
-        time.sleep(wait_s)
-
-    def _next_wait_s(self, pause_s: float) -> float | None:
-        """Seconds to wait, or None if there is no more patience."""
-        wait_s = min(self.patience.first_wait_s * 2**self._tries, self.patience.longest_wait_s)
-        wait_s *= random.uniform(0.75, 1.0)  # not everybody at once
-        if pause_s > wait_s:
-            self._paused_s += pause_s
-            return pause_s if self._paused_s <= self.patience.longest_pause_s else None
-        waited_s = time.monotonic() - self._since - self._paused_s
-        return wait_s if waited_s + wait_s <= self.patience.give_up_s else None
+_NO_ROOM = {402, 413, 507}
+_LONGEST_WORDS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +46,7 @@ class Subject:
     endpoint: str
     with_token: bool
     pinned: bool = False
+    writing: bool = False
 
     @property
     def host(self) -> str:
@@ -140,7 +76,9 @@ class Subject:
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         return self.unavailable(f"cannot be reached ({reason})", passing=passing)
 
-    def unavailable(self, what: str, *, passing: bool = True) -> Trouble:
+    def unavailable(
+        self, what: str, *, passing: bool = True, pause_s: float | None = None
+    ) -> Trouble:
         """Say that the Hub is away or answers nonsense."""
         return Trouble(
             HubUnavailable(
@@ -148,6 +86,7 @@ class Subject:
                 hint="check the connection and HF_ENDPOINT, then run the same again: it resumes",
             ),
             passing,
+            pause_s,
         )
 
     def changed(self, what: str) -> SourceChanged:
@@ -167,7 +106,11 @@ class Subject:
         if status == 429:
             return self._rate_limited(response)
         if status in _PASSING:
-            return self.unavailable(f"answered with status {status}")
+            return self.unavailable(
+                f"answered with status {status}", pause_s=_asked_pause_s(response)
+            )
+        if self.writing and status in (401, 402, 403, 413, 507):
+            return Trouble(self._not_written(status, response))
         if code == "RepoNotFound" or status == 404 or (status == 401 and not self.with_token):
             return Trouble(self._no_repo())
         if status == 401:
@@ -184,6 +127,24 @@ class Subject:
             f"{self.repo_id} is gated, and {who}",
             hint=f"accept its terms at {self.site}/{self.repo_id}, then run again with a token "
             "of that account (HF_TOKEN, or X-Hub-Token for a job)",
+        )
+
+    def _not_written(self, status: int, response: httpx2.Response) -> PissaError:
+        words = " ".join(response.headers.get("X-Error-Message", "").split())[:_LONGEST_WORDS]
+        says = f" (it says: {words})" if words else ""
+        if status in _NO_ROOM:
+            return DiskFull(
+                f"the Hub has no room for {self.repo_id}{says}",
+                hint=f"free some storage, or see {self.site}/settings/billing; then run the same "
+                "again: it resumes",
+            )
+        if status == 401 and self.with_token:
+            return self._token_invalid()
+        who = "with this token" if self.with_token else "without a token"
+        return NoWriteAccess(
+            f"the Hub forbids writing to {self.repo_id} {who}{says}",
+            hint=f"make a token that may write to it at {self.site}/settings/tokens and give it as "
+            "HF_TOKEN, or as X-Hub-Token for a job",
         )
 
     def _not_there(self, code: str) -> AccessError:

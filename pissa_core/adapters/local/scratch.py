@@ -5,6 +5,7 @@ A lock in the folder tells the dead from the merely stopped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -48,7 +49,7 @@ class LocalAttempt:
             ours = create_once(self.sealed / "seal.json", json.dumps(text).encode())
         if not ours:
             shutil.rmtree(folder)
-        _remove(self.folder)
+        remove_scratch(self.folder)
 
 
 def make_scratch(work: Path) -> tuple[Path, int]:
@@ -74,9 +75,16 @@ def adopt(work: Path) -> tuple[Path, int] | None:
         if adopted is None and (folder / "journal").exists():
             adopted = folder, lock
         else:
-            _remove(folder)
+            remove_scratch(folder)
             os.close(lock)
     return adopted
+
+
+def slug(shard: str) -> str:
+    """Return a folder name for a shard."""
+    # Shards may lie in subfolders; a digest keeps names flat, short and apart.
+    readable = os.fsencode(shard.rpartition("/")[2])[:160].decode(errors="ignore")
+    return f"{readable}.{hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]}"
 
 
 def _lock_of(folder: Path) -> int | None:
@@ -102,12 +110,13 @@ def discard_scratch(folder: Path) -> bool:
     lock = _lock_of(folder)
     if lock is None:
         return folder.exists()
-    _remove(folder)
+    remove_scratch(folder)
     os.close(lock)
     return False
 
 
-def _remove(folder: Path) -> None:
+def remove_scratch(folder: Path) -> None:
+    """Remove a scratch folder that we hold."""
     # Hidden first: once its lock is unlinked, another attempt would find a folder to adopt.
     with suppress(OSError):
         hidden = folder.rename(folder.with_name(f".{folder.name}"))

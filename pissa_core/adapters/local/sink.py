@@ -32,7 +32,13 @@ from pissa_core.adapters.disk import (
     try_lock,
     write_stream,
 )
-from pissa_core.adapters.local.scratch import LocalAttempt, adopt, discard_scratch, make_scratch
+from pissa_core.adapters.local.scratch import (
+    LocalAttempt,
+    adopt,
+    discard_scratch,
+    make_scratch,
+    slug,
+)
 from pissa_core.errors import (
     Cancelled,
     NoWriteAccess,
@@ -111,7 +117,7 @@ class LocalSink:
     @contextmanager
     def attempt(self, shard: str) -> Iterator[Attempt]:
         """Open scratch of our own, taking over what a dead attempt left."""
-        work = self._staging / "work" / _slug(shard)
+        work = self._staging / "work" / slug(shard)
         with disk_errors(self._folder):
             make_folder(work)
             make_folder(self._sealed(shard))
@@ -176,7 +182,7 @@ class LocalSink:
             self._staging.rmdir()
 
     def _sealed(self, shard: str) -> Path:
-        return self._staging / "sealed" / _slug(shard)
+        return self._staging / "sealed" / slug(shard)
 
     def _intact(self, path: Path, identity: list[int], size: int, sha256: str) -> bool:
         # A file that was synced before its seal was written and still has the same inode, size
@@ -276,12 +282,6 @@ class LocalSink:
                 hint="name another folder, or remove this one and run again",
             ) from error
         sync_folder(self._folder.parent)
-
-
-def _slug(shard: str) -> str:
-    # Shards may lie in subfolders; a digest keeps names flat, short and apart.
-    readable = os.fsencode(shard.rpartition("/")[2])[:160].decode(errors="ignore")
-    return f"{readable}.{hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]}"
 
 
 def _nearest_existing(path: Path) -> Path:
