@@ -38,7 +38,7 @@ from pissa_core.planning import make_plan, matrix_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource, Seal
 from pissa_core.runtime import Resolved, Runtime, resolve
 from pissa_core.spec import PissaConfig, parse_config
-from pissa_core.workbench import open_workbench
+from pissa_core.workbench import open_workbench, stays_as_it_is
 
 
 def convert(
@@ -115,6 +115,10 @@ def run_shard(
     count = len(work.matrices)
     if sink.seal_of(shard) is not None:
         yield ShardSealed(shard, work.size, count, resumed=True)
+        return
+    if stays_as_it_is(plan, work) and sink.adopt(shard, source) is not None:
+        yield ShardStarted(shard, count, 0)
+        yield ShardSealed(shard, work.size, count)
         return
     with sink.attempt(shard) as attempt, disk_errors(attempt.folder):
         with open_workbench(attempt.folder, plan, work, source) as bench:

@@ -130,6 +130,12 @@ class CheckpointSink(Protocol):
         A file that does not (cut short by a crash, altered since) loses its seal.
         """
 
+    def adopt(self, shard: str, source: CheckpointSource) -> Seal | None:
+        """Seal a shard that stays as it is without its bytes coming here, if that can be done.
+
+        Such a seal has no rows and an empty part. None: the shard is to be fetched like any.
+        """
+
     def attempt(self, shard: str) -> AbstractContextManager[Attempt]:
         """Open scratch for one attempt at a shard.
 

@@ -48,6 +48,11 @@ def carried_of(plan: Plan, shard: ShardPlan) -> list[CarriedTensor]:
     return [tensor for tensor in plan.carried if tensor.shard == shard.path]
 
 
+def stays_as_it_is(plan: Plan, shard: ShardPlan) -> bool:
+    """Whether nothing of a shard is decomposed or carried into the adapter."""
+    return not shard.matrices and not carried_of(plan, shard)
+
+
 class Workbench:
     """The files of one attempt at one shard, open; safe to use from several threads."""
 

@@ -116,6 +116,9 @@ class MemorySink:
             return None
         return sealed.seal
 
+    def adopt(self, shard: str, source: CheckpointSource) -> None:
+        """Never: every byte of a result comes here."""
+
     @contextmanager
     def attempt(self, shard: str) -> Iterator[Attempt]:
         """Open scratch; an abandoned attempt's is adopted, a held one's is not."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from places import CONTENTS, LocalPlace, MemoryPlace, Place
+from places import CONTENTS, HubPlace, LocalPlace, MemoryPlace, Place
 
 from pissa_core.adapters.local import LocalSource
 from pissa_core.adapters.memory import MemorySource
@@ -48,8 +48,17 @@ def source(make_source: MakeSource) -> CheckpointSource:
     return make_source(CONTENTS)
 
 
-@pytest.fixture(params=["memory", "local"])
+@pytest.fixture(params=["memory", "local", "hub"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    made = MemoryPlace() if request.param == "memory" else LocalPlace(tmp_path / "deep" / "out")
+    if request.param == "hub":
+        made: Place = _place_on_the_hub(request)
+    else:
+        made = MemoryPlace() if request.param == "memory" else LocalPlace(tmp_path / "deep" / "out")
     yield made
     made.open().discard()
+
+
+def _place_on_the_hub(request: pytest.FixtureRequest) -> Place:
+    hub, open_sink = request.getfixturevalue("hub"), request.getfixturevalue("open_hub_sink")
+    token = hub.create_token("somebody")
+    return HubPlace(hub, lambda digest: open_sink("somebody/out", token, digest))

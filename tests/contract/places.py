@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pissa_core.adapters.local import LocalSink
 from pissa_core.adapters.memory import MemorySink, MemorySource
 from pissa_core.ports import CheckpointSink, FileInfo, Publication, Seal
+
+if TYPE_CHECKING:
+    from hub.state import Hub
 
 CONTENTS = {
     "config.json": b'{"architectures": ["Nothing"]}',
@@ -58,6 +63,34 @@ class LocalPlace(Place):
     def occupy(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "other.txt").write_bytes(b"somebody else's")
+
+
+def contents_of(hub: Hub, repo_id: str, branch: str = "main") -> dict[str, bytes]:
+    """What a branch shows, but for the Hub's own .gitattributes."""
+    commit = hub.repos[repo_id].resolve(branch) if repo_id in hub.repos else None
+    files = {} if commit is None else commit.files
+    return {
+        path: file.blob.read(0, file.size)
+        for path, file in files.items()
+        if path != ".gitattributes"
+    }
+
+
+class HubPlace(Place):
+    """The repo somebody/out, which no test has to make; `open` opens sinks of one owner."""
+
+    def __init__(self, hub: Hub, open_sink: Callable[[str], CheckpointSink]) -> None:
+        self.hub = hub
+        self.open_sink = open_sink
+
+    def open(self, digest: str = "d1") -> CheckpointSink:
+        return self.open_sink(digest)
+
+    def visible(self) -> dict[str, bytes]:
+        return contents_of(self.hub, "somebody/out")
+
+    def occupy(self) -> None:
+        self.hub.repos["somebody/out"].commit({"other.txt": b"somebody else's"})
 
 
 SHARD, PART = b"shard bytes" * 100, b"part bytes" * 10

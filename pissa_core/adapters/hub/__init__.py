@@ -1,11 +1,25 @@
-"""The Hub as a source: everything that speaks to it goes through these rooms.
+"""The Hub as source and sink: everything that speaks to it goes through these rooms.
 
 ``client.py`` opens the door (the official client, timeouts, the token), ``trouble.py`` turns
-what went wrong into our errors and decides how long to wait, ``source.py`` reads.
+what went wrong into our errors, ``waiting.py`` decides how long to go on, ``source.py`` reads.
+``writer.py`` makes each call that changes a repo, ``staging.py`` keeps what is done on a branch,
+``publishing.py`` puts the last commit together, ``sink.py`` is what the engine sees of them.
 """
 
 from pissa_core.adapters.hub.client import HubClient
+from pissa_core.adapters.hub.sink import HubSink, PublishOptions
 from pissa_core.adapters.hub.source import HubSource
-from pissa_core.adapters.hub.waiting import OPENING, TRANSFER, Patience
+from pissa_core.adapters.hub.waiting import COMMIT, OPENING, TRANSFER, Notice, Patience, Pause
 
-__all__ = ["OPENING", "TRANSFER", "HubClient", "HubSource", "Patience"]
+__all__ = [
+    "COMMIT",
+    "OPENING",
+    "TRANSFER",
+    "HubClient",
+    "HubSink",
+    "HubSource",
+    "Notice",
+    "Patience",
+    "Pause",
+    "PublishOptions",
+]

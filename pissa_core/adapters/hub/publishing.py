@@ -8,7 +8,7 @@ only when its commit is there, under another name: until then there is nothing t
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,21 @@ from pissa_core.adapters.hub.changes import Change, Operation, described
 from pissa_core.adapters.hub.client import HubFile, Pinned
 from pissa_core.adapters.hub.source import HubSource
 from pissa_core.adapters.hub.staging import Staging
-from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, CannotCopy, HubWriter, Moved
+from pissa_core.adapters.hub.writer import (
+    DEFAULT_BRANCH,
+    CannotCopy,
+    HubWriter,
+    Moved,
+    Outgoing,
+    is_sent,
+)
 from pissa_core.errors import Cancelled, OutputExists
 from pissa_core.ports import FileInfo, Publication
 
 ATTRIBUTES = ".gitattributes"
 """The Hub's own file, which it may add lines to at any commit."""
+
+_SMALL = 1 << 20  # files up to this wait on the disk until they are sent together
 
 _MOVES = 20
 """How often the target branch may move under us before that is called somebody else's work."""
@@ -41,11 +50,12 @@ class Target:
 
 @dataclass(slots=True)
 class _Built:
-    """What the last commit adds, and how a tree shows that it has."""
+    """What the last commit adds, and how a tree shows that it has; `small` is still to be sent."""
 
     operations: list[Operation] = field(default_factory=list)
     wanted: dict[str, HubFile | None] = field(default_factory=dict)
     infos: dict[str, FileInfo] = field(default_factory=dict)
+    small: list[tuple[Outgoing, FileInfo]] = field(default_factory=list)
 
     def add(self, operation: Operation, file: HubFile) -> None:
         path = operation.path_in_repo
@@ -102,32 +112,42 @@ class Publisher:
         built = _Built(list(fixed.operations), dict(fixed.wanted), dict(fixed.infos))
         for path in contents.copies:
             file = large_file_of(contents, path, self._writer) if copying else None
-            if file is None:
-                self._add_file(built, path, self._fetched(contents, path))
-            else:
+            if file is not None:
                 built.add(_copy_of(contents.source, path), file)
+                continue
+            local = self._new_file()
+            contents.source.fetch(path, local)
+            self._send(built, path, local, file_info(local))
         for path, chunks in contents.streams.items():
-            self._add_file(built, path, self._written(chunks()))
-        for path, content in contents.closing(built.infos).items():
-            built.add(self._writer.upload(path, content, self._staging.branch), described(content))
+            local = self._new_file()
+            self._send(built, path, local, write_stream(local, chunks()))
+        infos = {**built.infos, **{file.path: info for file, info in built.small}}
+        for path, content in contents.closing(infos).items():
+            built.small.append((Outgoing(path, content), FileInfo(len(content))))
+        self._send_small(built)
         return built
 
-    def _fetched(self, contents: Publication, path: str) -> tuple[Path, FileInfo]:
-        local = self._folder / secrets.token_hex(8)
-        contents.source.fetch(path, local)
-        return local, file_info(local)
+    def _new_file(self) -> Path:
+        return self._folder / secrets.token_hex(8)
 
-    def _written(self, chunks: Iterable[bytes]) -> tuple[Path, FileInfo]:
-        local = self._folder / secrets.token_hex(8)
-        return local, write_stream(local, chunks)
-
-    def _add_file(self, built: _Built, path: str, made: tuple[Path, FileInfo]) -> None:
-        local, info = made
-        file = described(local, sha256=info.sha256)
-        adding = self._writer.upload(path, local, self._staging.branch, sha256=info.sha256)
-        built.add(adding, file)
-        if adding.path_or_fileobj == b"":  # a large file, and there already
+    def _send(self, built: _Built, path: str, local: Path, info: FileInfo) -> None:
+        """Send a large file and remove it here; keep a small one for later."""
+        outgoing = Outgoing(path, local, info.sha256)
+        if info.size <= _SMALL:
+            built.small.append((outgoing, info))
+            return
+        (adding,) = self._writer.upload([outgoing], self._staging.branch)
+        built.add(adding, described(local, sha256=info.sha256))
+        if is_sent(adding):
             local.unlink()
+
+    def _send_small(self, built: _Built) -> None:
+        """Send all small files together: one question to the Hub in place of one each."""
+        small = [file for file, _ in built.small]
+        for file, adding in zip(
+            small, self._writer.upload(small, self._staging.branch), strict=True
+        ):
+            built.add(adding, described(file.content, sha256=file.sha256))
 
     def _show(self, built: _Built, marker: str) -> str:
         """Commit, and see that the tree is what it should be."""

@@ -23,7 +23,7 @@ from pissa_core.adapters.local.scratch import (
     remove_scratch,
     slug,
 )
-from pissa_core.errors import OutputExists, OutputIsSource
+from pissa_core.errors import Cancelled, OutputExists, OutputIsSource
 from pissa_core.ports import Attempt, CheckpointSource, Publication, Seal
 from pissa_core.refs import HubRef
 
@@ -49,7 +49,11 @@ class HubAttempt:
 
     def seal(self, record: Seal, shard: Path, part: Path) -> None:
         """Send both files and commit them with their seal; then the scratch goes."""
-        self.staging.seal(record, shard, part)
+        try:
+            self.staging.seal(record, shard, part)
+        except Cancelled:  # what it belongs to is gone
+            remove_scratch(self.folder)
+            raise
         remove_scratch(self.folder)
 
 
@@ -83,8 +87,9 @@ class HubSink:
         self._repo_id = ref.repo_id
         self._branch = ref.revision or DEFAULT_BRANCH
         self._options = options or PublishOptions()
-        client = client or HubClient(token=token, endpoint=endpoint)
-        self._writer = writer or HubWriter(client, ref.repo_id)
+        self._writer = writer or HubWriter(
+            client or HubClient(token=token, endpoint=endpoint), ref.repo_id
+        )
         self._staging = Staging(self._writer, digest)
         self._scratch = scratch / digest
         self._commit: str | None = None

@@ -18,7 +18,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,7 +30,7 @@ from pissa_core.adapters.hub.changes import Change, Operation, described, same
 from pissa_core.adapters.hub.client import HubFile, Pinned
 from pissa_core.adapters.hub.source import HubSource
 from pissa_core.adapters.hub.waiting import Pause, pause
-from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, CannotCopy, HubWriter, Moved
+from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, CannotCopy, HubWriter, Moved, Outgoing
 from pissa_core.adapters.local.scratch import slug
 from pissa_core.errors import Cancelled, RateLimited
 from pissa_core.ports import Seal
@@ -74,14 +74,17 @@ class Staging:
         self.branch = PREFIX + digest
         self._seals: dict[str, tuple[Seal, Mapping[str, HubFile]]] = {}
         self._reading: _Reading | None = None
+        self._seen = False
 
     def state(self) -> Pinned | None:
         """Return the branch's commit and files; None where there is none."""
-        return self._writer.state(self.branch)
+        state = self._writer.state(self.branch)
+        self._seen = self._seen or state is not None
+        return state
 
     def open(self, *, private: bool) -> None:
         """Make the repo and the branch, where they are missing."""
-        if self.state() is None:
+        if not self._seen and self.state() is None:
             self._writer.create_repo(private=private)
             self._writer.create_branch(self.branch, start=DEFAULT_BRANCH)
 
@@ -103,15 +106,12 @@ class Staging:
         """
         if self.seal_of(record.shard, self._required()) is not None:
             return
-        operations: list[Operation] = []
-        files: dict[str, HubFile] = {}
-        for path, content, sha256 in (
-            (_part_path(record.shard), part, record.part_sha256),
-            (_shard_path(record.shard), shard, record.sha256),
-        ):
-            files[path] = described(content, sha256=sha256)
-            operations.append(self._writer.upload(path, content, self.branch, sha256=sha256))
-        self._commit_seal(record, operations, files)
+        outgoing = [
+            Outgoing(_part_path(record.shard), part, record.part_sha256),
+            Outgoing(_shard_path(record.shard), shard, record.sha256),
+        ]
+        files = {file.path: described(file.content, sha256=file.sha256) for file in outgoing}
+        self._commit_seal(record, files, outgoing)
 
     def adopt(self, record: Seal, source: HubSource) -> bool:
         """Seal a shard that stays as it is by a copy within the Hub; say whether it could be."""
@@ -124,7 +124,8 @@ class Staging:
             src_repo_type="model",
         )
         try:
-            self._commit_seal(record, [copy], {path: HubFile(record.size, None, record.sha256)})
+            files = {path: HubFile(record.size, None, record.sha256)}
+            self._commit_seal(record, files, copies=[copy])
         except CannotCopy:
             return False
         return True
@@ -152,10 +153,10 @@ class Staging:
             state = self._required()
             if same(state.files.get(_ANNOUNCED), described(content)):
                 return state.commit
-            adding = self._writer.upload(_ANNOUNCED, content, self.branch)
+            sent = self._writer.upload([Outgoing(_ANNOUNCED, content)], self.branch)
             wanted = {_ANNOUNCED: described(content)}
             try:
-                change = Change([adding], wanted, "Announce the result")
+                change = Change(sent, wanted, "Announce the result")
                 return self._writer.commit(change, branch=self.branch, parent=state.commit)
             except Moved:
                 continue
@@ -170,6 +171,7 @@ class Staging:
 
     def discard(self) -> None:
         """Remove the branch and all that is on it."""
+        self._seen = False
         self._writer.delete_branch(self.branch)
 
     def is_empty(self) -> bool:
@@ -178,14 +180,18 @@ class Staging:
         return state is None or not _seals_in(state)
 
     def _commit_seal(
-        self, record: Seal, operations: list[Operation], files: Mapping[str, HubFile]
+        self,
+        record: Seal,
+        files: Mapping[str, HubFile],
+        outgoing: Sequence[Outgoing] = (),
+        copies: Sequence[Operation] = (),
     ) -> None:
         path = _seal_path(record.shard)
         text = {"seal": asdict(record), "files": {name: asdict(f) for name, f in files.items()}}
         content = json.dumps(text, sort_keys=True).encode()
-        noting = self._writer.upload(path, content, self.branch)
+        sent = self._writer.upload([*outgoing, Outgoing(path, content)], self.branch)
         change = Change(
-            [*operations, noting], {**files, path: described(content)}, f"Seal {record.shard}"
+            [*copies, *sent], {**files, path: described(content)}, f"Seal {record.shard}"
         )
         while True:
             state = self._required()

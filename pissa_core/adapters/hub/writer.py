@@ -7,7 +7,7 @@ hold before anything else is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -40,6 +40,15 @@ class Moved(Exception):
 
 class CannotCopy(Exception):
     """The Hub does not copy this file from the other repo; it must be downloaded and sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A file to be sent: its path in the repo, its content, its checksum where it is known."""
+
+    path: str
+    content: Path | bytes
+    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,32 +154,24 @@ class HubWriter:
         )
         return [(commit.commit_id, commit.created_at) for commit in commits]
 
-    def upload(
-        self, path: str, content: Path | bytes, branch: str, *, sha256: str | None = None
-    ) -> CommitOperationAdd:
-        """Send a file's bytes ahead of the commit that will name it; what is there is not sent.
+    def upload(self, files: Sequence[Outgoing], branch: str) -> list[CommitOperationAdd]:
+        """Send the bytes of large files ahead of the commit that will name them.
 
-        Args:
-            path: where it will be in the repo.
-            content: the bytes, or the file that holds them; it may go once this returns, if it
-                is a large one.
-            branch: the branch it is for.
-            sha256: its checksum where it is known, which saves a pass over the file.
+        What the Hub has already is not sent again. A large file's local copy may go once this
+        returns (`is_sent`); a small one is sent by the commit itself.
         """
-        adding = CommitOperationAdd(path, str(content) if isinstance(content, Path) else content)
-        if sha256 is not None:
-            adding.upload_info.sha256 = bytes.fromhex(sha256)
+        additions = [_addition(file) for file in files]
 
         def send() -> None:
             with self._plain_errors():
-                # One file a call: several would go through a pool of threads and a progress bar.
-                # Nothing is ignored, whatever a .gitignore among the model's files says.
+                # Nothing is ignored, whatever a .gitignore among the model's files says; and one
+                # at a time, since what is sent at once shares one line anyway.
                 self.client.api.preupload_lfs_files(
-                    self.repo_id, [adding], revision=branch, gitignore_content=""
+                    self.repo_id, additions, revision=branch, num_threads=1, gitignore_content=""
                 )
 
         self._change(send, self._patiences.transfer)
-        return adding
+        return additions
 
     def commit(self, change: Change, *, branch: str, parent: str) -> str:
         """Put a change on a branch, once, right after `parent`; return the commit.
@@ -295,6 +296,19 @@ def may_create(who: Mapping[str, Any], owner: str) -> bool:
 
 def _is(entity: Mapping[str, Any], name: str) -> bool:
     return str(entity.get("name", "")).lower() == name.lower()
+
+
+def is_sent(addition: CommitOperationAdd) -> bool:
+    """Whether a file's bytes are on the Hub, so that the local ones are of no more use."""
+    return addition.path_or_fileobj == b"" and addition.upload_info.size > 0
+
+
+def _addition(file: Outgoing) -> CommitOperationAdd:
+    content = str(file.content) if isinstance(file.content, Path) else file.content
+    addition = CommitOperationAdd(file.path, content)
+    if file.sha256 is not None:  # saves a pass over the file
+        addition.upload_info.sha256 = bytes.fromhex(file.sha256)
+    return addition
 
 
 def _is_about_copying(error: HfHubHTTPError) -> bool:

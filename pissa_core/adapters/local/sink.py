@@ -114,6 +114,9 @@ class LocalSink:
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
+    def adopt(self, shard: str, source: CheckpointSource) -> None:
+        """Never: every byte of a result comes here."""
+
     @contextmanager
     def attempt(self, shard: str) -> Iterator[Attempt]:
         """Open scratch of our own, taking over what a dead attempt left."""
