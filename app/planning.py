@@ -49,9 +49,8 @@ def _make(asked: dict[str, Any]) -> Plan:
     from pissa_core.adapters import open_source
     from pissa_core.planning import make_plan
 
-    limits = {key: asked[key] for key in ("slots", "memory_budget") if asked[key] is not None}
     source = open_source(parse_ref(asked["model"]))
-    return make_plan(source, parse_config(asked["config"]), **limits)
+    return make_plan(source, parse_config(asked["config"]), **asked["limits"])
 
 
 def _end_with_parent() -> None:

@@ -94,6 +94,13 @@ class PlanBytes(BaseModel):
     adapter: int
 
 
+class PlanDivision(BaseModel):
+    """A source shard that the disk budget cannot hold, and the files it becomes."""
+
+    shard: str
+    into: list[str]
+
+
 class PlanAnswer(BaseModel):
     """What a job would do; nothing was read but headers."""
 
@@ -106,6 +113,7 @@ class PlanAnswer(BaseModel):
     matrices: list[PlanMatrix]
     refused: list[PlanRefusal]
     left_out: list[str]
+    divided: list[PlanDivision]
     bytes: PlanBytes
     peak_memory_bytes: int
     peak_disk_bytes: int
@@ -278,6 +286,7 @@ PLAN_EXAMPLE: dict[str, Any] = {
     "matrices": [_ROW],
     "refused": [],
     "left_out": ["original/consolidated.00.pth"],
+    "divided": [],
     "bytes": {"read": 2200000000, "written": 2225231360, "adapter": 25231360},
     "peak_memory_bytes": 900000000,
     "peak_disk_bytes": 4425231360,

@@ -7,6 +7,7 @@ sink, and nothing else.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ class Matrix:
         module: path in the model as PEFT names it, ``model.layers.0.self_attn.q_proj``.
         tensor: key in the checkpoint, which may differ from ``module + ".weight"``.
         shape: as stored; (out, in) for Linear, (in, out) for a Conv1D (`transposed`).
-        start: first byte of the tensor's data, counted from the start of the shard file.
+        shard: the file of the output that its residual goes to.
+        start: first byte of the tensor's data, counted from the start of that file.
         key_a, key_b: PEFT's keys of the factors, ``base_model.model.….lora_A.weight``.
     """
 
@@ -74,12 +76,53 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive tensors of a source shard that is too large for the disk to be worked on whole.
+
+    Attributes:
+        start: first byte of the run in the source shard; `stop` is the one behind its last.
+        header: JSON header of the output shard, behind which the run's bytes lie as they are.
+    """
+
+    start: int
+    stop: int
+    header: str
+
+    @property
+    def shift(self) -> int:
+        """What a position in the output shard lacks to be the one in the source shard."""
+        return self.start - 8 - len(self.header.encode())  # 8 bytes give the header's length
+
+
+@dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One file of weights: its size and its targets, in the order of their offsets."""
+    """One file of weights in the output: its size and its targets, in the order of their offsets.
+
+    Attributes:
+        path: in the output, as everywhere in a plan, in seals and in events.
+        origin: path of the source shard it is made from; empty if it is the same.
+        run: what of the source shard it holds; None if it is all of it, byte for byte.
+    """
 
     path: str
     size: int
     matrices: tuple[Matrix, ...]
+    origin: str = ""
+    run: Run | None = None
+
+    @property
+    def source_path(self) -> str:
+        """The source shard it is made from."""
+        return self.origin or self.path
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that it takes of the source shard."""
+        return self.size if self.run is None else self.run.stop - self.run.start
+
+    def source_start(self, start: int) -> int:
+        """Return where in the source shard the byte `start` of this one lies."""
+        return start if self.run is None else start + self.run.shift
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +138,12 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything decided: nothing below looks at headers, PEFT or the model's class again."""
+    """Everything decided: nothing below looks at headers, PEFT or the model's class again.
+
+    Attributes:
+        index: path of the index of weights in the output; None for a single file.
+        new_index: what the index says where shards were divided; None: as in the source.
+    """
 
     source: str
     commit: str | None
@@ -110,6 +158,15 @@ class Plan:
     left_out: tuple[str, ...]
     refused: tuple[Refusal, ...]
     estimate: Estimate
+    new_index: str | None = None
+
+    @property
+    def division(self) -> str | None:
+        """A digest of how shards were divided; None if every one stayed whole."""
+        if self.new_index is None:
+            return None
+        runs = [(shard.path, shard.source_path, shard.run) for shard in self.shards]
+        return hashlib.sha256(repr(runs).encode()).hexdigest()[:16]
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -140,6 +197,7 @@ class Plan:
             "peak_memory_bytes": self.estimate.peak_memory,
             "peak_disk_bytes": self.estimate.peak_disk,
             "trainable_parameters": self.trainable_parameters,
+            "divided": _divided(self.shards),
         }
 
     def to_json(self) -> str:
@@ -159,6 +217,8 @@ class Plan:
                 matrices=tuple(
                     Matrix(**{**m, "shape": tuple(m["shape"])}) for m in shard["matrices"]
                 ),
+                origin=shard.get("origin", ""),
+                run=Run(**shard["run"]) if shard.get("run") else None,
             )
             for shard in data["shards"]
         )
@@ -170,6 +230,15 @@ class Plan:
         for field in ("side_files", "left_out"):
             data[field] = tuple(data[field])
         return cls(**data)
+
+
+def _divided(shards: tuple[ShardPlan, ...]) -> list[dict[str, Any]]:
+    """List the source shards that become several, with the files they become."""
+    parts: dict[str, list[str]] = {}
+    for shard in shards:
+        if shard.run is not None:
+            parts.setdefault(shard.source_path, []).append(shard.path)
+    return [{"shard": source, "into": paths} for source, paths in parts.items()]
 
 
 def _public_matrix(matrix: Matrix) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pissa_core.division import MAX_SHARD_SIZE, divide
 from pissa_core.layout import read_layout
 from pissa_core.plan import Estimate, Matrix, Plan, ShardPlan
 from pissa_core.ports import CheckpointSource
@@ -14,7 +15,7 @@ from pissa_core.spec import PissaConfig
 from pissa_core.split import working_bytes
 from pissa_core.targets import resolve_targets
 from pissa_core.tensorfile import TORCH_DTYPES, make_header
-from pissa_core.workbench import part_entries
+from pissa_core.workbench import part_entries, row_bytes
 
 IMPORT_FOOTPRINT = 480_000_000
 """Bytes of a process that has imported torch, transformers and peft and made a plan.
@@ -22,8 +23,6 @@ IMPORT_FOOTPRINT = 480_000_000
 Measured as the peak resident size on Linux with CPU builds (`tests/core/test_planning.py` holds
 it to what it is there); a CUDA context adds its own.
 """
-_ROW_BYTES = 1024
-_SIGMA_BYTES = 24
 _UNKNOWN = Estimate(0, 0, 0, 0, 0)
 
 
@@ -33,6 +32,8 @@ def make_plan(
     *,
     slots: int | None = None,
     memory_budget: int | None = None,
+    disk_budget: int | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> Plan:
     """Decide what will happen to every tensor of `source`; reads headers and config.json only.
 
@@ -43,6 +44,8 @@ def make_plan(
         config: what to decompose and how.
         slots: matrices in flight, for the estimate of memory; None: one a core.
         memory_budget: bytes that matrices in flight may take together; None: no limit.
+        disk_budget: bytes of scratch; a shard that needs more is divided. None: no limit.
+        max_shard_size: bytes of the shards that such a one is divided into.
 
     Raises:
         PissaError: the checkpoint's files are not what they should be, or nothing matched.
@@ -68,6 +71,8 @@ def make_plan(
         refused=targets.refused,
         estimate=_UNKNOWN,
     )
+    if disk_budget is not None:
+        plan = divide(plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size)
     sizes = {path: info.size for path, info in source.files().items()}
     cost = estimate(plan, sizes, slots=slots or usable_cores(), memory_budget=memory_budget)
     return dataclasses.replace(plan, estimate=cost)
@@ -94,11 +99,13 @@ def estimate(
     of journal, seals and manifest. ``peak_memory`` is the import footprint plus the `slots`
     largest matrices in flight, as far as the budget lets them fly together.
     """
-    index = () if plan.index is None else (plan.index,)
-    read = sum(shard.size for shard in plan.shards)
-    read += sum(sizes[path] for path in (*index, *plan.side_files))
+    index = sizes.get(plan.index or "", 0)
+    along = sum(sizes[path] for path in plan.side_files)
+    read = index + along + sum(shard.fetched for shard in plan.shards)
+    written = index if plan.new_index is None else len(plan.new_index.encode())
+    written += along + sum(shard.size for shard in plan.shards)
     adapter = adapter_bytes(plan)
-    rows = sum(_ROW_BYTES + _SIGMA_BYTES * matrix.rank for matrix in plan.matrices)
+    rows = sum(row_bytes(matrix) for matrix in plan.matrices)
     method = plan.config["svd"]["method"]
     flights = sorted((matrix_bytes(matrix, method) for matrix in plan.matrices), reverse=True)
     memory = sum(flights[:slots])
@@ -107,10 +114,10 @@ def estimate(
         memory = max([min(memory, memory_budget), *flights[:1]])
     return Estimate(
         read=read,
-        written=read + adapter,
+        written=written + adapter,
         adapter=adapter,
         peak_memory=IMPORT_FOOTPRINT + memory,
-        peak_disk=read + 2 * adapter + 3 * rows,
+        peak_disk=written + 2 * adapter + 3 * rows,
     )
 
 

@@ -6,7 +6,7 @@ suite (`tests/contract`). They carry bytes and ask no questions about them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,12 @@ class CheckpointSource(Protocol):
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from a file, beginning at byte `start`; raises as `read` does."""
+
+    def stream(self, path: str, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes ``[start, stop)`` of a file piece by piece; raises as `read` does.
+
+        However long the range is, no more than some megabytes are held.
+        """
 
     def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
         """Make `destination` a private copy of a file, safe to patch in place.

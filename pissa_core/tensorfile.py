@@ -60,13 +60,18 @@ def make_header(entries: Sequence[Entry]) -> Header:
         offset = stop
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    encoded = len(text).to_bytes(8, "little") + text
+    encoded = framed(text)
     starts = {}
     position = len(encoded)
     for entry in entries:
         starts[entry.name] = position
         position += entry.nbytes
     return Header(encoded, starts, position)
+
+
+def framed(text: bytes) -> bytes:
+    """Return a header's JSON as a file begins with it, behind its length."""
+    return len(text).to_bytes(8, "little") + text
 
 
 def empty(shape: tuple[int, ...], dtype: str, *, pinned: bool = False) -> tuple[Tensor, memoryview]:
@@ -114,6 +119,12 @@ class PatchFile:
         written = 0
         while written < len(view):
             written += os.pwrite(self._fd, view[written:], start + written)
+
+    def write_all(self, start: int, chunks: Iterable[bytes]) -> None:
+        """Write chunks one behind the other, the first from byte `start` on."""
+        for chunk in chunks:
+            self.write(start, chunk)
+            start += len(chunk)
 
     def sync(self) -> None:
         """Return once everything written is on the disk."""

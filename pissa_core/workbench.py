@@ -7,7 +7,6 @@ written. An attempt that follows a dead one checks them and does only what is mi
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,11 +17,26 @@ import xxhash
 from torch import Tensor
 
 from pissa_core.adapters.disk import file_info, outside, write_stream
-from pissa_core.plan import CarriedTensor, Matrix, Plan, ShardPlan
+from pissa_core.journal import Journal, boot_id, whole_lines
+from pissa_core.plan import CarriedTensor, Matrix, Plan, Run, ShardPlan
 from pissa_core.ports import CheckpointSource, Seal
-from pissa_core.tensorfile import CHUNK, Entry, Header, PatchFile, empty, make_header, memory_of
+from pissa_core.tensorfile import (
+    CHUNK,
+    Entry,
+    Header,
+    PatchFile,
+    empty,
+    framed,
+    make_header,
+    memory_of,
+)
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+JOURNAL_BYTES = 16 << 10
+"""Bytes of an attempt that no matrix adds: folder, lock, a journal's first line, partly filled
+blocks."""
+
+_ROW_BYTES = 1024
+_SIGMA_BYTES = 24
 _NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -41,6 +55,17 @@ def part_entries(plan: Plan, shard: ShardPlan) -> list[Entry]:
         for tensor in carried_of(plan, shard)
     ]
     return entries
+
+
+def scratch_bytes(plan: Plan, shard: ShardPlan) -> int:
+    """Return the bytes of disk that one attempt at a shard takes: copy, part, journal."""
+    part = make_header(part_entries(plan, shard)).file_size
+    return shard.size + part + JOURNAL_BYTES + sum(row_bytes(m) for m in shard.matrices)
+
+
+def row_bytes(matrix: Matrix) -> int:
+    """Return an upper bound of what one matrix adds to a journal, a seal or the manifest."""
+    return _ROW_BYTES + 3 * len(matrix.tensor.encode()) + _SIGMA_BYTES * matrix.rank
 
 
 def carried_of(plan: Plan, shard: ShardPlan) -> list[CarriedTensor]:
@@ -63,7 +88,7 @@ class Workbench:
         header: Header,
         copy: PatchFile,
         part: PatchFile,
-        journal: _Journal,
+        journal: Journal,
     ) -> None:
         self._shard = shard
         self._source = source
@@ -81,7 +106,8 @@ class Workbench:
         """
         tensor, buffer = empty(matrix.shape, matrix.dtype, pinned=pinned)
         if self._source.rereads or not self._journal.untouched(matrix.tensor):
-            self._source.read_into(self._shard.path, matrix.start, buffer)
+            start = self._shard.source_start(matrix.start)
+            self._source.read_into(self._shard.source_path, start, buffer)
         else:
             self._copy.read_into(matrix.start, buffer)
         return tensor
@@ -145,7 +171,7 @@ def open_workbench(
     header = make_header(part_entries(plan, shard))
     if not _can_go_on(folder, shard, header):
         _lay_out(folder, plan, shard, source, header)
-    journal = _Journal(folder / "journal")
+    journal = Journal(folder / "journal")
     try:
         with PatchFile(folder / "shard") as copy, PatchFile(folder / "part") as part:
             yield Workbench(shard, source, header, copy, part, journal)
@@ -159,16 +185,21 @@ def _lay_out(
     """Fetch the private copy and reserve the part; the journal appears when both are durable."""
     for name in ("journal", "shard", "part"):
         (folder / name).unlink(missing_ok=True)  # may be linked to what has been sealed
-    holes = [(matrix.start, matrix.stop) for matrix in shard.matrices]
-    source.fetch(shard.path, folder / "shard", holes=holes)
-    with PatchFile(folder / "shard") as copy:
-        copy.sync()
+    if shard.run is None:
+        holes = [(matrix.start, matrix.stop) for matrix in shard.matrices]
+        source.fetch(shard.source_path, folder / "shard", holes=holes)
+        with PatchFile(folder / "shard") as copy:
+            copy.sync()
+    else:
+        _copy_run(shard.source_path, shard.size, shard.run, source, folder / "shard")
     with PatchFile(folder / "part", create_size=header.file_size) as part:
         part.write(0, header.encoded)
         for tensor in carried_of(plan, shard):
-            _carry(tensor, source, part, header.starts[tensor.key])
+            start = shard.source_start(tensor.start)
+            chunks = source.stream(shard.source_path, start, start + tensor.stop - tensor.start)
+            part.write_all(header.starts[tensor.key], chunks)
         part.sync()
-    first = {"boot": _boot_id(), "around": _checksum_around(folder, shard, header)}
+    first = {"boot": boot_id(), "around": _checksum_around(folder, shard, header)}
     write_stream(folder / "journal.new", [json.dumps(first).encode() + b"\n"])
     (folder / "journal.new").rename(folder / "journal")
 
@@ -177,7 +208,7 @@ def _can_go_on(folder: Path, shard: ShardPlan, header: Header) -> bool:
     """Whether a dead attempt left a journal, and all that no journal line covers is intact."""
     if not all((folder / name).is_file() for name in ("journal", "shard", "part")):
         return False
-    first = next(_whole_lines(folder / "journal"), {})
+    first = next(whole_lines(folder / "journal"), {})
     sizes = (folder / "shard").stat().st_size, (folder / "part").stat().st_size
     if sizes != (shard.size, header.file_size):
         return False
@@ -201,67 +232,13 @@ def _checksum_around(folder: Path, shard: ShardPlan, header: Header) -> str:
     return digest.hexdigest()
 
 
-def _carry(tensor: CarriedTensor, source: CheckpointSource, part: PatchFile, start: int) -> None:
-    for begin in range(tensor.start, tensor.stop, CHUNK):
-        data = source.read(tensor.shard, begin, min(begin + CHUNK, tensor.stop))
-        part.write(start + begin - tensor.start, data)
-
-
-class _Journal:
-    """Lines of JSON: which matrices an attempt began, and which it finished with what checksums.
-
-    It is not synced line by line. A killed process loses nothing, since the kernel keeps what
-    was written; after a crash of the machine (another boot id, or none known) lines may be
-    missing, so every unfinished matrix then counts as begun. Finished ones are always verified.
-    """
-
-    def __init__(self, path: Path) -> None:
-        lines = list(_whole_lines(path))
-        self.finished = {line["done"]: line for line in lines if "done" in line}
-        self._begun = {line["begin"] for line in lines if "begin" in line}
-        boot = _boot_id()
-        self._same_boot = bool(lines) and boot is not None and lines[0].get("boot") == boot
-        self._lock = threading.Lock()
-        self._file = path.open("a")
-        self._file.write("\n")  # ends a line that a kill cut short
-
-    def untouched(self, tensor: str) -> bool:
-        """Whether the range of a tensor in the private copy still holds the original."""
-        return self._same_boot and tensor not in self._begun
-
-    def begin(self, tensor: str) -> None:
-        """Note that the range of a tensor is about to be overwritten."""
-        self._append({"begin": tensor})
-
-    def done(self, tensor: str, checksums: list[str], row: Mapping[str, Any]) -> None:
-        """Note that a matrix and its factors are written."""
-        self._append({"done": tensor, "checksums": checksums, "row": dict(row)})
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        with self._lock:
-            if "begin" in line:
-                self._begun.add(line["begin"])
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    # After a crash of the machine there may be any bytes in it.
-    for text in path.read_text(errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            yield line
-
-
-def _boot_id() -> str | None:
-    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else None
+def _copy_run(path: str, size: int, run: Run, source: CheckpointSource, to: Path) -> None:
+    """Put an output shard together from its header and a run of a source shard's tensors."""
+    with PatchFile(to, create_size=size) as copy:
+        header = framed(run.header.encode())
+        copy.write(0, header)
+        copy.write_all(len(header), source.stream(path, run.start, run.stop))
+        copy.sync()
 
 
 def _part_ends(header: Header) -> dict[str, int]:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from pissa_core.refs import parse_ref
 from pissa_core.spec import LoraOptions, PissaConfig
+from worker.settings import parse_size
 
 
 class Status(StrEnum):
@@ -107,6 +108,9 @@ class Output(_Closed):
     branch: str | None = Field(None, min_length=1, max_length=255)
     overwrite: bool = False
     commit_message: str | None = Field(None, min_length=1, max_length=2000)
+    max_shard_size: Annotated[int, Field(gt=0), BeforeValidator(parse_size)] = Field(
+        5_000_000_000, description="of the files that a shard too large for the disk becomes"
+    )
 
 
 def _output(value: object) -> object:

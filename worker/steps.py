@@ -38,7 +38,7 @@ def plan(context: Context, claim: Claim, hold: Hold) -> None:
 
     request = context.request_of(claim, BaseToPissa)
     source = context.source(claim, request.model)
-    made = make_plan(source, request.pissa, slots=context.runtime.slots)
+    made = make_plan(source, request.pissa, **context.limits(request))
     context.tasks.finish(claim, made.public())
 
 

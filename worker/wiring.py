@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -45,6 +45,14 @@ class Context:
         if not isinstance(request, kind):
             raise TypeError(f"{claim.job_id} is {request.kind}, not {kind.__name__}")
         return request
+
+    def limits(self, request: WithOutput) -> dict[str, Any]:
+        """Return what bounds a plan: this worker's slots and disk, the request's shard size."""
+        limits: dict[str, Any] = {"slots": self.runtime.slots}
+        limits["disk_budget"] = self.settings.disk_budget
+        if request.output is not None:
+            limits["max_shard_size"] = request.output.max_shard_size
+        return limits
 
     def source(self, claim: Claim, ref: str) -> CheckpointSource:
         """Open a checkpoint with the job's own Hub token."""

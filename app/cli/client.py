@@ -13,7 +13,7 @@ import click
 from app.cli import tables
 from app.cli.errors import ServiceUnreachable, on_interrupt
 from app.cli.http import Service, job_path
-from app.cli.options import config_options, job_argument, json_option
+from app.cli.options import config_options, job_argument, json_option, max_shard_size_option
 from app.cli.progress import Display, Pace, Snapshot, display
 from pissa_core.errors import CheckpointError, PissaError, TargetError, error_from
 from pissa_core.refs import parse_ref
@@ -31,11 +31,18 @@ FINAL = ("succeeded", "failed", "cancelled")
 @click.command()
 @click.argument("model")
 @click.option("--out", metavar="REF", help="Where the result goes; else the service keeps it.")
+@max_shard_size_option
 @config_options
 @click.option("--wait", is_flag=True, help="Follow the job to its end; exit 1 if it fails.")
 @json_option
 def submit(
-    *, model: str, out: str | None, pissa: dict[str, Any], wait: bool, as_json: bool
+    *,
+    model: str,
+    out: str | None,
+    max_shard_size: int | None,
+    pissa: dict[str, Any],
+    wait: bool,
+    as_json: bool,
 ) -> None:
     """Submit a job that converts MODEL.
 
@@ -48,6 +55,10 @@ def submit(
     if out is not None:
         parse_ref(out)
         body["output"] = out
+        if max_shard_size is not None:
+            body["output"] = {"ref": out, "max_shard_size": max_shard_size}
+    elif max_shard_size is not None:
+        raise click.UsageError("--max-shard-size is about the output; name one with --out")
     service = Service.from_environment()
     job = _post_once(service, body)
     if not wait:

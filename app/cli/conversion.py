@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from app.cli.planner import planning
 from app.cli.progress import Display, Pace, Snapshot
-from pissa_core.errors import PissaError, SourceChanged
+from pissa_core.errors import OutputExists, PissaError, SourceChanged
 from pissa_core.events import (
     Event,
     MatrixDone,
@@ -74,16 +74,14 @@ class Conversion:
     out: Ref
     config: PissaConfig
     device: str
-    slots: int | None
-    memory_budget: int | None
+    limits: Mapping[str, int | None]
     debug: bool
 
     def run(self, shown: Display) -> Result:
         """Plan, convert, publish; show how far it is."""
         began = time.monotonic()
         shown.show(Snapshot("planning"))
-        limits = {"slots": self.slots, "memory_budget": self.memory_budget}
-        with planning(str(self.model), self.config, **limits, debug=self.debug) as pending:
+        with planning(str(self.model), self.config, debug=self.debug, **self.limits) as pending:
             # torch is imported here while the child plans; an output that cannot be is found
             # long before the plan is made.
             os.environ.setdefault(*HUGE_PAGES)
@@ -92,7 +90,7 @@ class Conversion:
                 from pissa_core.headstart import HeadStart
                 from pissa_core.runtime import Runtime, resolve
 
-            runtime = Runtime(self.device, self.slots, self.memory_budget)
+            runtime = Runtime(self.device, self.limits["slots"], self.limits["memory_budget"])
             resolved = resolve(runtime)
             source, sink = self._open()
             head_start = HeadStart(source, self.config, resolved)
@@ -105,6 +103,8 @@ class Conversion:
                 f"{self.model} moved from commit {source.commit} to {made.commit} meanwhile",
                 hint="run the command again",
             )
+        if made.division is not None:
+            sink = self._sink(source, made.division)
         follower = Follower(shown, made, began)
         events = run_engine(source, sink, self.config, runtime, plan=made, head_start=head_start)
         with closing(cast("Generator[Event, None, None]", events)):
@@ -113,13 +113,23 @@ class Conversion:
         return follower.result()
 
     def _open(self) -> tuple[CheckpointSource, CheckpointSink]:
-        from pissa_core.adapters import open_sink, open_source, staging_digest
+        from pissa_core.adapters import open_source
 
         source = open_source(self.model)
-        where = str(resolve_local(self.out)) if isinstance(self.out, LocalRef) else str(self.out)
-        sink = open_sink(self.out, digest=staging_digest(source, self.config, where))
-        sink.check(source)
+        sink = self._sink(source)
+        try:
+            sink.check(source)
+        except OutputExists:
+            # It may be our own, of shards divided, which only the plan will show.
+            if self.limits["disk_budget"] is None and isinstance(self.out, LocalRef):
+                raise
         return source, sink
+
+    def _sink(self, source: CheckpointSource, division: str | None = None) -> CheckpointSink:
+        from pissa_core.adapters import open_sink, staging_digest
+
+        where = str(resolve_local(self.out)) if isinstance(self.out, LocalRef) else str(self.out)
+        return open_sink(self.out, digest=staging_digest(source, self.config, where, division))
 
 
 @contextmanager

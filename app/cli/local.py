@@ -41,8 +41,7 @@ def plan(
     *,
     model: str,
     pissa: dict[str, Any],
-    slots: int | None,
-    memory_budget: int | None,
+    limits: dict[str, int | None],
     as_json: bool,
 ) -> None:
     """Show what a conversion would do.
@@ -53,9 +52,7 @@ def plan(
     config, ref = parse_config(pissa), parse_ref(model)
     with display() as shown, _folder_hint(ref):
         shown.show(Snapshot("planning"))
-        made = plan_in_child(
-            str(ref), config, slots=slots, memory_budget=memory_budget, debug=settings["debug"]
-        )
+        made = plan_in_child(str(ref), config, **limits, debug=settings["debug"])
     if as_json:
         tables.print_json(made.public())
     else:
@@ -80,8 +77,7 @@ def convert(
     out: str,
     pissa: dict[str, Any],
     device: str,
-    slots: int | None,
-    memory_budget: int | None,
+    limits: dict[str, int | None],
     as_json: bool,
 ) -> None:
     """Convert MODEL here, in this process.
@@ -94,8 +90,7 @@ def convert(
         parse_ref(out),
         parse_config(pissa),
         device=device,
-        slots=slots,
-        memory_budget=memory_budget,
+        limits=limits,
         debug=settings["debug"],
     )
     with on_interrupt(RESUME), _prompt_end(), _folder_hint(job.model), display() as shown:

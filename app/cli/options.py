@@ -140,12 +140,40 @@ def parse_value(setting: Setting, value: Any) -> Any:
     return value
 
 
+_LIMITS = ("slots", "memory_budget", "disk_budget", "max_shard_size")
+
+max_shard_size_option = click.option(
+    "--max-shard-size",
+    type=Size(),
+    metavar="SIZE",
+    help="Size of the files that a divided shard becomes; default: 5GB.",
+)
+
 job_argument = click.argument("job_id", metavar="ID", type=JobId())
 
 
-def budget_options(command: Callable[P, R]) -> Callable[P, R]:
-    """``--slots`` and ``--memory-budget``: how much of the machine a conversion may use."""
+def budget_options(command: Callable[P, R]) -> Callable[..., R]:
+    """``--slots``, ``--memory-budget`` and the like: how much of the machine may be used.
+
+    The command receives them together, as `limits`: a mapping of names to numbers or None.
+    """
+
+    @functools.wraps(command)
+    def with_limits(*args: Any, **kwargs: Any) -> R:
+        kwargs["limits"] = {name: kwargs.pop(name) for name in _LIMITS}
+        return command(*args, **kwargs)
+
+    decorated: Callable[..., R] = with_limits
     for option in (
+        max_shard_size_option,
+        click.option(
+            "--disk-budget",
+            envvar="PISSA_DISK_BUDGET",
+            type=Size(),
+            metavar="SIZE",
+            help="Disk that work in progress may take, such as 20GB; a shard that alone would "
+            "take more is divided.",
+        ),
         click.option(
             "--memory-budget",
             type=Size(),
@@ -158,8 +186,8 @@ def budget_options(command: Callable[P, R]) -> Callable[P, R]:
             help="Matrices in flight at once; default: what device and memory allow.",
         ),
     ):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    return decorated
 
 
 device_option = click.option(

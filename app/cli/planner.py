@@ -60,17 +60,15 @@ def planning(
     model: str,
     config: PissaConfig,
     *,
-    slots: int | None = None,
-    memory_budget: int | None = None,
     debug: bool = False,
+    **limits: int | None,
 ) -> Iterator[Pending]:
-    """Begin to plan in a child process; leaving the block ends the child if it still runs."""
-    asked = {
-        "model": model,
-        "config": config.model_dump(mode="json"),
-        "slots": slots,
-        "memory_budget": memory_budget,
-    }
+    """Begin to plan in a child process; leaving the block ends the child if it still runs.
+
+    `limits` are those of `make_plan`; None leaves one to it.
+    """
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    asked = {"model": model, "config": config.model_dump(mode="json"), "limits": given}
     with tempfile.TemporaryFile() as log:
         # A process group of its own: Ctrl-C is for the parent, which then ends the child.
         child = subprocess.Popen(
@@ -94,10 +92,9 @@ def plan_in_child(
     model: str,
     config: PissaConfig,
     *,
-    slots: int | None = None,
-    memory_budget: int | None = None,
     debug: bool = False,
+    **limits: int | None,
 ) -> Plan:
     """Plan and wait for it."""
-    with planning(model, config, slots=slots, memory_budget=memory_budget, debug=debug) as pending:
+    with planning(model, config, debug=debug, **limits) as pending:
         return pending.result()

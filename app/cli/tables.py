@@ -90,6 +90,10 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
         "peak memory": f"about {size(plan['peak_memory_bytes'])}",
         "peak disk": f"about {size(plan['peak_disk_bytes'])}",
     }
+    if plan.get("divided"):
+        facts["divided"] = ", ".join(
+            f"{entry['shard']} into {len(entry['into'])} shards" for entry in plan["divided"]
+        )
     if plan["left_out"]:
         facts["left out"] = ", ".join(plan["left_out"])
     return facts

@@ -52,9 +52,15 @@ def open_sink(ref: Ref, *, digest: str, root: Path | None = None) -> CheckpointS
     return LocalSink(resolve_local(ref, root), digest=digest)
 
 
-def staging_digest(source: CheckpointSource, config: PissaConfig, output: str) -> str:
-    """Name the staging area of a `base-to-pissa` result; see `request_digest`."""
-    return request_digest("base-to-pissa", [source], config.model_dump(mode="json"), output)
+def staging_digest(
+    source: CheckpointSource, config: PissaConfig, output: str, division: str | None = None
+) -> str:
+    """Name the staging area of a `base-to-pissa` result; see `request_digest`.
+
+    Where shards are divided, how they are (`Plan.division`) is one of the options.
+    """
+    options = config.model_dump(mode="json") | ({"division": division} if division else {})
+    return request_digest("base-to-pissa", [source], options, output)
 
 
 def request_digest(

@@ -39,6 +39,17 @@ def test_fills_a_buffer(source):
     assert buffer == CONTENTS["model.safetensors"][250:350]
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 16384), (7, 16000), (300, 300)])
+def test_streams_ranges(source, start, stop):
+    streamed = b"".join(source.stream("model.safetensors", start, stop))
+    assert streamed == CONTENTS["model.safetensors"][start:stop]
+
+
+def test_streaming_past_the_end_names_the_file(source):
+    with pytest.raises(ShardTruncated, match=r"model\.safetensors"):
+        list(source.stream("model.safetensors", 16000, 17000))
+
+
 def test_reading_past_the_end_names_the_file(source):
     with pytest.raises(ShardTruncated, match=r"model\.safetensors"):
         source.read("model.safetensors", 16000, 17000)

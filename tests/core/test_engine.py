@@ -259,7 +259,7 @@ def test_after_a_crash_of_the_machine_no_range_counts_as_untouched(
     contents = {path.name: path.read_bytes() for path in llama.iterdir()}
     source, sink, runtime = Downloaded(contents), MemorySink(), Runtime(device="cpu", slots=1)
     boot_id = tmp_path / "boot_id"
-    monkeypatch.setattr("pissa_core.workbench._BOOT_ID", boot_id)
+    monkeypatch.setattr("pissa_core.journal._BOOT_ID", boot_id)
     if boot is not None:
         boot_id.write_text("the first boot's")
     course = convert(source, sink, parse_config({}), runtime)

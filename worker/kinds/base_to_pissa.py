@@ -25,8 +25,8 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
 
     request = context.request_of(claim, BaseToPissa)
     source = context.source(claim, request.model)
-    digest = staging_digest(source, request.pissa, context.output_name(claim))
-    plan = make_plan(source, request.pissa, slots=context.runtime.slots)
+    plan = make_plan(source, request.pissa, **context.limits(request))
+    digest = staging_digest(source, request.pissa, context.output_name(claim), plan.division)
     # The planner has no device of its own; what one offers is the compute node's to find out.
     check_plan(plan, source, context.sink(claim, digest), Runtime(device="cpu"))
     hold.check()
@@ -63,7 +63,8 @@ def _planned_source(context: Context, claim: Claim, plan: Plan) -> CheckpointSou
     """
     source = context.source(claim, plan.source)
     request = context.request_of(claim, BaseToPissa)
-    if staging_digest(source, request.pissa, context.output_name(claim)) != claim.digest:
+    output = context.output_name(claim)
+    if staging_digest(source, request.pissa, output, plan.division) != claim.digest:
         raise SourceChanged(
             f"the files of {plan.source} have changed since the job was planned",
             hint="it is planned again from what is there now",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pissa_core.adapters.disk import disk_errors
@@ -101,18 +101,25 @@ class HubSource:
 
     def read_into(self, path: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from a file by one ranged request."""
-        size, stop = self._files[path].size, start + len(buffer)
+        position = 0
+        for chunk in self.stream(path, start, start + len(buffer)):
+            buffer[position : position + len(chunk)] = chunk
+            position += len(chunk)
+
+    def stream(self, path: str, start: int, stop: int) -> Iterator[bytes]:
+        """Yield a range of a file as it arrives; what breaks is asked for again from there.
+
+        A range has no checksum of its own: what is held is the commit and the file's size.
+        """
+        size = self._files[path].size
         if stop > size:
             raise ShardTruncated(
                 f"{path}: bytes {start} to {stop} were wanted and the file ends at byte {size}",
                 hint="the checkpoint in the repo is incomplete",
             )
-        position = 0
-        for chunk in self._client.stream(
+        yield from self._client.stream(
             self._ref.repo_id, self._commit, self._prefix + path, start=start, stop=stop, size=size
-        ):
-            buffer[position : position + len(chunk)] = chunk
-            position += len(chunk)
+        )
 
     def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
         """Download a file straight to `destination` and check it; holes are downloaded, too.
@@ -136,12 +143,9 @@ class HubSource:
 
     def _download(self, path: str, fd: int) -> None:
         entry = self._entries[path]
-        size = entry.size
         digest = _digest_for(entry)
         position = 0
-        for chunk in self._client.stream(
-            self._ref.repo_id, self._commit, self._prefix + path, start=0, stop=size, size=size
-        ):
+        for chunk in self.stream(path, 0, entry.size):
             digest.update(chunk)
             _write(fd, chunk, position)
             position += len(chunk)

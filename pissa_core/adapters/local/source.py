@@ -18,7 +18,7 @@ from pissa_core.errors import (
     SourceChanged,
 )
 from pissa_core.ports import ByteRange, FileInfo
-from pissa_core.tensorfile import read_into_fd
+from pissa_core.tensorfile import CHUNK, read_into_fd
 
 _HINT = "a model on the Hub is written org/name or hf://org/name"
 
@@ -69,6 +69,11 @@ class LocalSource:
                     f"{path}: bytes {start} to {start + len(buffer)} were wanted and {error}",
                     hint="download or save the checkpoint again",
                 ) from error
+
+    def stream(self, path: str, start: int, stop: int) -> Iterator[bytes]:
+        """Yield a range of a file in chunks."""
+        for begin in range(start, stop, CHUNK):
+            yield self.read(path, begin, min(begin + CHUNK, stop))
 
     def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
         """Make a private copy: a reflink where the disk can, else only what lies outside holes."""
