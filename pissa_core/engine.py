@@ -116,7 +116,7 @@ def run_shard(
     if sink.seal_of(shard) is not None:
         yield ShardSealed(shard, work.size, count, resumed=True)
         return
-    if stays_as_it_is(plan, work) and sink.adopt(shard, source) is not None:
+    if stays_as_it_is(plan, work) and sink.adopt(shard, source, work.source_path) is not None:
         yield ShardStarted(shard, count, 0)
         yield ShardSealed(shard, work.size, count)
         return

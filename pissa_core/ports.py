@@ -136,10 +136,11 @@ class CheckpointSink(Protocol):
         A file that does not (cut short by a crash, altered since) loses its seal.
         """
 
-    def adopt(self, shard: str, source: CheckpointSource) -> Seal | None:
-        """Seal a shard that stays as it is without its bytes coming here, if that can be done.
+    def adopt(self, shard: str, source: CheckpointSource, path: str) -> Seal | None:
+        """Seal a shard that is the file `path` of the source without its bytes coming here.
 
-        Such a seal has no rows and an empty part. None: the shard is to be fetched like any.
+        Such a seal has no rows and an empty part. None: it cannot be done, and the shard is to be
+        fetched like any.
         """
 
     def attempt(self, shard: str) -> AbstractContextManager[Attempt]:

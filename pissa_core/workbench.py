@@ -74,8 +74,8 @@ def carried_of(plan: Plan, shard: ShardPlan) -> list[CarriedTensor]:
 
 
 def stays_as_it_is(plan: Plan, shard: ShardPlan) -> bool:
-    """Whether nothing of a shard is decomposed or carried into the adapter."""
-    return not shard.matrices and not carried_of(plan, shard)
+    """Whether a shard is a file of the source, nothing of which is decomposed or carried."""
+    return shard.run is None and not shard.matrices and not carried_of(plan, shard)
 
 
 class Workbench:

@@ -120,7 +120,7 @@ class MemorySink:
             return None
         return sealed.seal
 
-    def adopt(self, shard: str, source: CheckpointSource) -> None:
+    def adopt(self, shard: str, source: CheckpointSource, path: str) -> None:
         """Never: every byte of a result comes here."""
 
     @contextmanager

@@ -129,17 +129,17 @@ class HubSink:
         """Read a shard's seal from the staging branch; neither of its files is downloaded."""
         return self._staging.seal_of(shard)
 
-    def adopt(self, shard: str, source: CheckpointSource) -> Seal | None:
+    def adopt(self, shard: str, source: CheckpointSource, path: str) -> Seal | None:
         """Seal a shard that stays as it is by a copy within the Hub, if the Hub can."""
         if not isinstance(source, HubSource) or source.endpoint != self._writer.client.endpoint:
             return None
-        info = source.files()[shard]
+        info = source.files()[path]
         if info.sha256 is None:
             return None
         self._staging.open(private=self._options.private)
         empty = hashlib.sha256(b"").hexdigest()
         record = Seal(shard, info.sha256, info.size, part_sha256=empty, part_size=0, rows=())
-        return record if self._staging.adopt(record, source) else None
+        return record if self._staging.adopt(record, source, path) else None
 
     @contextmanager
     def attempt(self, shard: str) -> Iterator[Attempt]:

@@ -113,11 +113,11 @@ class Staging:
         files = {file.path: described(file.content, sha256=file.sha256) for file in outgoing}
         self._commit_seal(record, files, outgoing)
 
-    def adopt(self, record: Seal, source: HubSource) -> bool:
+    def adopt(self, record: Seal, source: HubSource, origin: str) -> bool:
         """Seal a shard that stays as it is by a copy within the Hub; say whether it could be."""
         path = _shard_path(record.shard)
         copy = CommitOperationCopy(
-            source.path_in_repo(record.shard),
+            source.path_in_repo(origin),
             path,
             src_revision=source.commit,
             src_repo_id=source.repo_id,

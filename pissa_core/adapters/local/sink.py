@@ -114,7 +114,7 @@ class LocalSink:
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
-    def adopt(self, shard: str, source: CheckpointSource) -> None:
+    def adopt(self, shard: str, source: CheckpointSource, path: str) -> None:
         """Never: every byte of a result comes here."""
 
     @contextmanager
