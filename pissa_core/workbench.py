@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pissa_core.adapters.disk import file_info, outside, write_stream
 from pissa_core.journal import Journal, boot_id, whole_lines
 from pissa_core.plan import CarriedTensor, Matrix, Plan, Run, ShardPlan
 from pissa_core.ports import CheckpointSource, Seal
+from pissa_core.settling import Settling
 from pissa_core.tensorfile import (
     CHUNK,
     Entry,
@@ -97,6 +97,8 @@ class Workbench:
         self._part = part
         self._journal = journal
         self.rows = self._verified_rows()
+        unwritten = [(m.start, m.stop) for m in shard.matrices if m.tensor not in self.rows]
+        self.settling = Settling(copy, shard.size, unwritten)
 
     def original(self, matrix: Matrix, *, pinned: bool = False) -> Tensor:
         """Return the matrix as the source has it, in its own dtype and stored shape.
@@ -126,15 +128,13 @@ class Workbench:
         for file, start, data in pieces:
             file.write(start, data)
         self._journal.done(matrix.tensor, [_checksum(data) for *_, data in pieces], row)
+        self.settling.done(matrix.start)
 
     def close_shard(self, rows: tuple[Mapping[str, Any], ...], folder: Path) -> Seal:
         """Sync both files and take their checksums."""
-        with ThreadPoolExecutor(2) as pool:
-            syncs = [pool.submit(file.sync) for file in (self._copy, self._part)]
-            copy_info = file_info(folder / "shard")
-            part_info = file_info(folder / "part")
-            for sync in syncs:
-                sync.result()
+        copy_info = self.settling.finish()
+        self._part.sync()
+        part_info = file_info(folder / "part")
         return Seal(
             shard=self._shard.path,
             sha256=copy_info.sha256 or "",
@@ -174,7 +174,11 @@ def open_workbench(
     journal = Journal(folder / "journal")
     try:
         with PatchFile(folder / "shard") as copy, PatchFile(folder / "part") as part:
-            yield Workbench(shard, source, header, copy, part, journal)
+            bench = Workbench(shard, source, header, copy, part, journal)
+            try:
+                yield bench
+            finally:
+                bench.settling.close()
     finally:
         journal.close()
 

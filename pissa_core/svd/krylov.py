@@ -86,7 +86,8 @@ def leading_eigenpairs(
     K = torch.zeros(_whole(shape.capacity + b), d, dtype=torch.float32, device=start.device)
     T = torch.zeros(shape.capacity, shape.capacity, dtype=torch.float64, device=start.device)
     K[:b] = start
-    k, step, solve_at = b, 0, LEAST_STEPS
+    k, step = b, 0
+    solve_at = LEAST_STEPS if LEAST_STEPS * b <= _CHEAP_UP_TO else LEAST_STEPS + 1
     while True:
         step += 1
         C, Q, B = split_off(K[: _whole(k)], apply(K[k - b : k]), generator)

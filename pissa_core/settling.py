@@ -1,0 +1,69 @@
+"""A file that is patched in any order: checksum and disk follow while the work goes on.
+
+Done at the end, the checksum of a 5 GB shard takes seconds on one core while the others have
+nothing to do, and the disk gets everything at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pissa_core.ports import ByteRange, FileInfo
+from pissa_core.tensorfile import CHUNK, PatchFile
+
+_SYNC_EVERY = 256 << 20
+
+
+class Settling:
+    """The sha256 of a file, taken up to the first range that is still to be written.
+
+    Call `done` after each range is written, from any thread, and `finish` when all are.
+    """
+
+    def __init__(self, file: PatchFile, size: int, unwritten: Iterable[ByteRange]) -> None:
+        self._file, self._size = file, size
+        self._unwritten = {start for start, _ in unwritten}
+        self._lock = threading.Lock()
+        self._digest, self._position, self._synced = hashlib.sha256(), 0, 0
+        self._buffer = memoryview(bytearray(min(size, CHUNK)))
+        # One thread, so that what is hashed is hashed in order; one that waits for the disk.
+        self._hasher = ThreadPoolExecutor(1, "checksum")
+        self._syncer = ThreadPoolExecutor(1, "sync")
+        self._syncs: list[Future[None]] = []
+
+    def done(self, start: int) -> None:
+        """Note that the range that begins at `start` has its final bytes."""
+        with self._lock:
+            self._unwritten.discard(start)
+            frontier = min(self._unwritten, default=self._size)
+        self._hasher.submit(self._follow, frontier)
+
+    def finish(self) -> FileInfo:
+        """Return size and checksum once the file is whole on the disk.
+
+        Raises:
+            OSError: if the disk failed.
+        """
+        self._syncs.append(self._syncer.submit(self._file.sync))
+        self._hasher.submit(self._follow, self._size).result()
+        for sync in self._syncs:
+            sync.result()
+        return FileInfo(self._size, self._digest.hexdigest())
+
+    def close(self) -> None:
+        """Stop; waits for what is under way."""
+        self._hasher.shutdown(cancel_futures=True)
+        self._syncer.shutdown(cancel_futures=True)
+
+    def _follow(self, frontier: int) -> None:
+        while self._position < frontier:
+            piece = self._buffer[: min(CHUNK, frontier - self._position)]
+            self._file.read_into(self._position, piece)
+            self._digest.update(piece)
+            self._position += len(piece)
+            if self._position - self._synced >= _SYNC_EVERY:
+                self._synced = self._position
+                self._syncs.append(self._syncer.submit(self._file.sync))
