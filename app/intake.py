@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails, from_json
 
 from app.errors import InvalidFields, PayloadTooLarge, looks_like_hub_token
 from pissa_core.errors import InvalidConfig, InvalidRequest, OutsideLocalRoot, PissaError
-from pissa_core.refs import LocalRef, parse_ref, resolve_local
+from pissa_core.refs import LocalRef, Ref, parse_output, parse_ref, resolve_local
 from pissa_core.spec import place_of
 from worker.contract import SOURCE_FIELDS, BaseToPissa, JobRequest
 from worker.settings import Settings
@@ -178,11 +178,19 @@ def _check_references(data: Mapping[str, Any], local_root: Path | None) -> None:
     """Refuse a reference that is none, or that leaves the folder the service may touch."""
     for place, text in _references(data):
         try:
-            reference = parse_ref(text)
+            reference = _read(place, text, data)
             if isinstance(reference, LocalRef):
                 _check_local(reference, local_root)
         except PissaError as error:
             raise InvalidFields(error, [{"loc": ["body", *place], "msg": error.message}]) from error
+
+
+def _read(place: tuple[str, ...], text: str, data: Mapping[str, Any]) -> Ref:
+    if place[0] != "output":
+        return parse_ref(text)
+    output = data["output"]
+    branch = output.get("branch") if isinstance(output, Mapping) else None
+    return parse_output(text, branch if isinstance(branch, str) else None)
 
 
 def _references(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -197,3 +197,18 @@ class Publication:
     streams: Mapping[str, Callable[[], Iterable[bytes]]]
     closing: Callable[[Mapping[str, FileInfo]], Mapping[str, bytes]]
     marker: str
+
+
+@dataclass(frozen=True, slots=True)
+class PublishOptions:
+    """On what terms a result is shown, where that can be chosen (on the Hub).
+
+    Attributes:
+        private: a repo that is made is private; one that is there must be.
+        overwrite: what the branch holds makes way for the result.
+        commit_message: None takes one of ours.
+    """
+
+    private: bool = False
+    overwrite: bool = False
+    commit_message: str | None = None

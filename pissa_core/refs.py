@@ -13,6 +13,7 @@ loads no torch.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote
@@ -24,6 +25,9 @@ from pissa_core.errors import InvalidReference, OutsideLocalRoot
 
 _LOCAL_PREFIXES = ("/", "./", "../", "~", "file:")
 _LONGEST = 4096
+_RESERVED_BRANCHES = ("refs/", "pissa-staging-")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_NOT_IN_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|@\{")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,49 @@ def parse_ref(text: str) -> Ref:
     if text.startswith(_LOCAL_PREFIXES) or text in (".", ".."):
         return LocalRef(_strip_file_scheme(text))
     return _parse_hub(text)
+
+
+def parse_output(text: str, branch: str | None = None) -> Ref:
+    """Read a reference to write to; the revision of one on the Hub is a branch, None the default.
+
+    Args:
+        text: the reference.
+        branch: the branch where it is given apart; says the same as ``@branch``.
+
+    Raises:
+        InvalidReference: if a result cannot be published there.
+    """
+    ref = parse_ref(text)
+    if isinstance(ref, LocalRef):
+        return ref
+    if "/" not in ref.repo_id:
+        raise InvalidReference(
+            f"{text!r} names no owner, and an output on the Hub needs one",
+            hint="write org/name, or your user name in place of org",
+        )
+    if ref.subfolder is not None:
+        raise InvalidReference(
+            f"{text!r}: a result is a whole repo, not the folder {ref.subfolder!r} of one",
+            hint="name a repo of its own, or a branch: org/name@branch",
+        )
+    if branch and ref.revision and branch != ref.revision:
+        raise InvalidReference(f"{text!r} names another branch than {branch!r}, given besides")
+    chosen = branch or ref.revision
+    if chosen is not None and not _can_be_branch(chosen):
+        raise InvalidReference(
+            f"{chosen!r} cannot be the name of a branch to publish on",
+            hint="write letters, digits, dots, dashes and slashes; a commit hash names no branch",
+        )
+    return HubRef(ref.repo_id, None if chosen == "main" else chosen)
+
+
+def _can_be_branch(name: str) -> bool:
+    """Say whether git takes the name, the Hub keeps it for nothing else, and neither do we."""
+    if name.startswith(_RESERVED_BRANCHES) or _COMMIT.fullmatch(name):
+        return False
+    parts = name.split("/")
+    odd = any(not part or part.startswith((".", "-")) or part.endswith(".lock") for part in parts)
+    return not (odd or ".." in name or name.endswith(".") or _NOT_IN_BRANCH.search(name))
 
 
 def resolve_local(ref: LocalRef, root: Path | None = None) -> Path:

@@ -58,8 +58,9 @@ def open_hub_sink(hub: Hub, tmp_path: Path) -> OpenHubSink:
 
     `machine` names the folder that its scratch lies in: another one is another machine.
     """
-    from pissa_core.adapters.hub import HubClient, HubSink, PublishOptions
+    from pissa_core.adapters.hub import HubClient, HubSink
     from pissa_core.adapters.hub.writer import HubWriter, Patiences
+    from pissa_core.ports import PublishOptions
     from pissa_core.refs import HubRef, parse_ref
 
     short = short_patience()

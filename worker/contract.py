@@ -11,9 +11,17 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
-from pissa_core.refs import parse_ref
+from pissa_core.refs import parse_output, parse_ref
 from pissa_core.spec import LoraOptions, PissaConfig
 from worker.settings import parse_size
 
@@ -101,16 +109,26 @@ class _Closed(BaseModel):
 
 
 class Output(_Closed):
-    """Where the result goes and how it is published; a bare reference is short for `ref`."""
+    """Where the result goes and how it is published; a bare reference is short for `ref`.
+
+    `private`, `branch`, `overwrite` and `commit_message` are for an output on the Hub.
+    """
 
     ref: Reference
-    private: bool = False
-    branch: str | None = Field(None, min_length=1, max_length=255)
-    overwrite: bool = False
+    private: bool = Field(False, description="make the repo a private one")
+    branch: str | None = Field(
+        None, min_length=1, max_length=255, description="made if it is not there; default: main"
+    )
+    overwrite: bool = Field(False, description="replace what the branch holds")
     commit_message: str | None = Field(None, min_length=1, max_length=2000)
     max_shard_size: Annotated[int, Field(gt=0), BeforeValidator(parse_size)] = Field(
         5_000_000_000, description="of the files that a shard too large for the disk becomes"
     )
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Output:
+        parse_output(self.ref, self.branch)
+        return self
 
 
 def _output(value: object) -> object:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
+from pissa_core.refs import LocalRef, Ref, parse_output, parse_ref, resolve_local
 from worker.contract import SOURCE_FIELDS, JobRequest, WithOutput
 from worker.settings import Settings
 from worker.vault import read_or_create
@@ -77,7 +77,7 @@ def output_ref(request: WithOutput, job_id: str, settings: Settings) -> tuple[Re
     """
     if request.output is None:
         return LocalRef(str(settings.files_dir / job_id)), None
-    ref = parse_ref(request.output.ref)
+    ref = parse_output(request.output.ref, request.output.branch)
     if isinstance(ref, LocalRef):
         return LocalRef(str(resolve_local(ref, settings.local_root))), settings.local_root
     return ref, None

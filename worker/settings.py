@@ -139,6 +139,11 @@ class Settings(BaseSettings):
         """Where results lie that were given no output."""
         return self.data_dir / "files"
 
+    @property
+    def scratch_dir(self) -> Path:
+        """Where work in progress lies whose result goes to the Hub."""
+        return self.data_dir / "scratch"
+
 
 def _spelled(value: Any) -> str:
     if isinstance(value, SecretStr):

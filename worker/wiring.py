@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import TypeAdapter
 
 from pissa_core.adapters import open_sink, open_source
+from pissa_core.ports import PublishOptions
 from pissa_core.refs import LocalRef, Ref, parse_ref
 from worker.connect import connect
-from worker.contract import JobRequest, Verify, WithOutput
+from worker.contract import JobRequest, Output, Verify, WithOutput
+from worker.errors import StoreUnavailable
 from worker.node import Node
 from worker.places import output_ref
 from worker.settings import Settings
@@ -19,6 +22,7 @@ from worker.store.tasks import Claim, LeaseLost, TaskStore
 from worker.vault import Vault, open_vault
 
 if TYPE_CHECKING:
+    from pissa_core.adapters.hub import Notice, Pause
     from pissa_core.ports import CheckpointSink, CheckpointSource
     from pissa_core.runtime import Runtime
 
@@ -56,8 +60,12 @@ class Context:
 
     def source(self, claim: Claim, ref: str) -> CheckpointSource:
         """Open a checkpoint with the job's own Hub token."""
-        token = self.vault.open(claim.sealed_token)
-        return open_source(trusted_ref(ref), root=self.settings.local_root, token=token)
+        return open_source(
+            trusted_ref(ref),
+            root=self.settings.local_root,
+            token=self.vault.open(claim.sealed_token),
+            on_wait=self._telling(claim),
+        )
 
     def output_name(self, claim: Claim) -> str:
         """Return what names the output in the digest of the staging area."""
@@ -71,7 +79,34 @@ class Context:
             raise LeaseLost(claim.job_id)
         request = self.request_of(claim, WithOutput)
         ref, root = output_ref(request, claim.job_id, self.settings)
-        return open_sink(ref, digest=digest, root=root)
+        return open_sink(
+            ref,
+            digest=digest,
+            root=root,
+            token=self.vault.open(claim.sealed_token),
+            scratch=self.settings.scratch_dir,
+            options=_options_of(request.output),
+            on_wait=self._telling(claim),
+        )
+
+    def _telling(self, claim: Claim) -> Notice:
+        """Return what tells the store of the Hub's pauses."""
+
+        def tell(pause: Pause | None) -> None:
+            # A lost lease, or a store that is away, is for the work itself to find out.
+            with suppress(LeaseLost, StoreUnavailable):
+                if pause is None:
+                    self.tasks.going_on(claim)
+                else:
+                    self.tasks.waiting(claim, pause.error, pause.seconds)
+
+        return tell
+
+
+def _options_of(output: Output | None) -> PublishOptions | None:
+    if output is None:
+        return None
+    return PublishOptions(output.private, output.overwrite, output.commit_message)
 
 
 @cache

@@ -14,6 +14,7 @@ from app.cli import tables
 from app.cli.errors import ServiceUnreachable, on_interrupt
 from app.cli.http import Service, job_path
 from app.cli.options import config_options, job_argument, json_option, max_shard_size_option
+from app.cli.outputs import output_options, refuse, required_output
 from app.cli.progress import Display, Pace, Snapshot, display
 from pissa_core.errors import CheckpointError, PissaError, TargetError, error_from
 from pissa_core.refs import parse_ref
@@ -32,6 +33,7 @@ FINAL = ("succeeded", "failed", "cancelled")
 @click.argument("model")
 @click.option("--out", metavar="REF", help="Where the result goes; else the service keeps it.")
 @max_shard_size_option
+@output_options
 @config_options
 @click.option("--wait", is_flag=True, help="Follow the job to its end; exit 1 if it fails.")
 @json_option
@@ -40,6 +42,7 @@ def submit(
     model: str,
     out: str | None,
     max_shard_size: int | None,
+    publish: dict[str, Any],
     pissa: dict[str, Any],
     wait: bool,
     as_json: bool,
@@ -53,10 +56,11 @@ def submit(
     parse_config(pissa)
     body: dict[str, Any] = {"kind": "base-to-pissa", "model": model, "pissa": pissa}
     if out is not None:
-        parse_ref(out)
-        body["output"] = out
-        if max_shard_size is not None:
-            body["output"] = {"ref": out, "max_shard_size": max_shard_size}
+        required_output(out, publish)
+        sized = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        body["output"] = {"ref": out, **publish, **sized} if publish or sized else out
+    elif publish:
+        refuse(publish)
     elif max_shard_size is not None:
         raise click.UsageError("--max-shard-size is about the output; name one with --out")
     service = Service.from_environment()

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from app.cli.planner import planning
@@ -28,12 +29,17 @@ from pissa_core.spec import PissaConfig
 from worker.processes import peak_memory_bytes
 
 if TYPE_CHECKING:
+    from pissa_core.adapters.hub import Notice, Pause
     from pissa_core.plan import Plan
-    from pissa_core.ports import CheckpointSink, CheckpointSource
+    from pissa_core.ports import CheckpointSink, CheckpointSource, PublishOptions
 
 
 HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
 """Has torch ask for huge pages: a matrix is in memory in a thirtieth of the page faults."""
+
+
+SHORTEST_NOTED_S = 2.0
+"""Shorter pauses of the Hub are not worth a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +79,7 @@ class Conversion:
     model: Ref
     out: Ref
     config: PissaConfig
+    publish: PublishOptions
     device: str
     limits: Mapping[str, int | None]
     debug: bool
@@ -92,7 +99,7 @@ class Conversion:
 
             runtime = Runtime(self.device, self.limits["slots"], self.limits["memory_budget"])
             resolved = resolve(runtime)
-            source, sink = self._open()
+            source, sink = self._open(shown)
             head_start = HeadStart(source, self.config, resolved)
             try:
                 made = pending.result()
@@ -104,7 +111,7 @@ class Conversion:
                 hint="run the command again",
             )
         if made.division is not None:
-            sink = self._sink(source, made.division)
+            sink = self._sink(source, shown, made.division)
         follower = Follower(shown, made, began)
         events = run_engine(source, sink, self.config, runtime, plan=made, head_start=head_start)
         with closing(cast("Generator[Event, None, None]", events)):
@@ -112,11 +119,11 @@ class Conversion:
                 follower.take(event)
         return follower.result()
 
-    def _open(self) -> tuple[CheckpointSource, CheckpointSink]:
+    def _open(self, shown: Display) -> tuple[CheckpointSource, CheckpointSink]:
         from pissa_core.adapters import open_source
 
-        source = open_source(self.model)
-        sink = self._sink(source)
+        source = open_source(self.model, on_wait=_noting(shown))
+        sink = self._sink(source, shown)
         try:
             sink.check(source)
         except OutputExists:
@@ -125,11 +132,35 @@ class Conversion:
                 raise
         return source, sink
 
-    def _sink(self, source: CheckpointSource, division: str | None = None) -> CheckpointSink:
+    def _sink(
+        self, source: CheckpointSource, shown: Display, division: str | None = None
+    ) -> CheckpointSink:
         from pissa_core.adapters import open_sink, staging_digest
 
         where = str(resolve_local(self.out)) if isinstance(self.out, LocalRef) else str(self.out)
-        return open_sink(self.out, digest=staging_digest(source, self.config, where, division))
+        return open_sink(
+            self.out,
+            digest=staging_digest(source, self.config, where, division),
+            scratch=None if isinstance(self.out, LocalRef) else _scratch(),
+            options=self.publish,
+            on_wait=_noting(shown),
+        )
+
+
+def _scratch() -> Path:
+    from worker.settings import Settings
+
+    return Settings.from_env().scratch_dir
+
+
+def _noting(shown: Display) -> Notice:
+    """Return what tells the user of the Hub's pauses."""
+
+    def note(pause: Pause | None) -> None:
+        if pause is not None and pause.seconds >= SHORTEST_NOTED_S:
+            shown.note(f"waiting {pause.seconds:.0f} s: {pause.error.message}")
+
+    return note
 
 
 @contextmanager

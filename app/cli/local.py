@@ -18,6 +18,7 @@ from app.cli import tables
 from app.cli.conversion import Conversion
 from app.cli.errors import ExitStatus, on_interrupt
 from app.cli.options import budget_options, config_options, device_option, json_option
+from app.cli.outputs import options_of, output_options, required_output
 from app.cli.planner import plan_in_child
 from app.cli.progress import Snapshot, display
 from pissa_core.errors import AccessError, error_from
@@ -64,7 +65,8 @@ def plan(
 
 @click.command()
 @click.argument("model")
-@click.option("--out", required=True, metavar="REF", help="Where the result goes; a folder.")
+@click.option("--out", required=True, metavar="REF", help="Where the result goes.")
+@output_options
 @config_options
 @device_option
 @budget_options
@@ -75,6 +77,7 @@ def convert(
     *,
     model: str,
     out: str,
+    publish: dict[str, Any],
     pissa: dict[str, Any],
     device: str,
     limits: dict[str, int | None],
@@ -82,13 +85,15 @@ def convert(
 ) -> None:
     """Convert MODEL here, in this process.
 
-    The result is a residual model with its initial PiSSA adapter in pissa_init/.
+    The result is a residual model with its initial PiSSA adapter in pissa_init/: in a new folder
+    (./out), or on the Hub (org/name), where it is staged out of sight and shown by one commit.
     Interrupted at any moment, the same command goes on where it stopped.
     """
     job = Conversion(
         parse_ref(model),
-        parse_ref(out),
+        required_output(out, publish),
         parse_config(pissa),
+        publish=options_of(publish),
         device=device,
         limits=limits,
         debug=settings["debug"],

@@ -8,16 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pissa_core.errors import InvalidReference
 from pissa_core.refs import LocalRef, Ref, resolve_local
 
 if TYPE_CHECKING:
-    from pissa_core.ports import CheckpointSink, CheckpointSource
+    from pissa_core.adapters.hub import Notice
+    from pissa_core.ports import CheckpointSink, CheckpointSource, PublishOptions
     from pissa_core.spec import PissaConfig
 
 
 def open_source(
-    ref: Ref, *, root: Path | None = None, token: str | None = None, endpoint: str | None = None
+    ref: Ref,
+    *,
+    root: Path | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    on_wait: Notice | None = None,
 ) -> CheckpointSource:
     """Open a checkpoint, pinned to the state it has now.
 
@@ -26,6 +31,7 @@ def open_source(
         root: the folder local references must stay below; None sets no limit.
         token: Hub token for this source alone; None uses the process's own.
         endpoint: the Hub's address; None uses the process's own.
+        on_wait: told of every pause that the Hub makes necessary.
 
     Raises:
         AccessError: if it cannot be reached.
@@ -35,21 +41,48 @@ def open_source(
         from pissa_core.adapters.local import LocalSource
 
         return LocalSource(resolve_local(ref, root), root=root)
-    from pissa_core.adapters.hub import HubSource
+    from pissa_core.adapters.hub import HubClient, HubSource
 
-    return HubSource(ref, token=token, endpoint=endpoint)
+    client = HubClient(token=token, endpoint=endpoint, on_wait=on_wait)
+    return HubSource(ref, client=client)
 
 
-def open_sink(ref: Ref, *, digest: str, root: Path | None = None) -> CheckpointSink:
-    """Open the place a result goes to; `digest` (see `staging_digest`) names its staging area."""
-    if not isinstance(ref, LocalRef):
-        raise InvalidReference(
-            f"{ref} is on the Hub, and publishing there is not supported yet",
-            hint="give a local folder as the output and upload it with `hf upload`",
-        )
-    from pissa_core.adapters.local import LocalSink
+def open_sink(
+    ref: Ref,
+    *,
+    digest: str,
+    root: Path | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    scratch: Path | None = None,
+    options: PublishOptions | None = None,
+    on_wait: Notice | None = None,
+) -> CheckpointSink:
+    """Open the place a result goes to; nothing is there before it is staged.
 
-    return LocalSink(resolve_local(ref, root), digest=digest)
+    Args:
+        ref: a local folder, or a repo on the Hub, whose revision is the branch.
+        digest: names the staging area (see `request_digest`).
+        root: the folder local references must stay below; None sets no limit.
+        token: Hub token for this sink alone; None uses the process's own.
+        endpoint: the Hub's address; None uses the process's own.
+        scratch: a folder for work in progress, needed for an output on the Hub.
+        options: on what terms a result is shown on the Hub.
+        on_wait: told of every pause that the Hub makes necessary.
+
+    Raises:
+        OutsideLocalRoot: if a local reference leaves `root`.
+    """
+    if isinstance(ref, LocalRef):
+        from pissa_core.adapters.local import LocalSink
+
+        return LocalSink(resolve_local(ref, root), digest=digest)
+    from pissa_core.adapters.hub import HubClient, HubSink
+
+    if scratch is None:
+        raise ValueError("an output on the Hub needs a scratch folder")
+    client = HubClient(token=token, endpoint=endpoint, on_wait=on_wait)
+    return HubSink(ref, digest=digest, scratch=scratch, options=options, client=client)
 
 
 def staging_digest(

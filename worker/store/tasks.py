@@ -206,6 +206,16 @@ class TaskStore:
             rows=told or None,
         )
 
+    def waiting(self, claim: Claim, error: PissaError, seconds: float) -> None:
+        """Tell that the task waits for the Hub, why, and for how long."""
+        self._write(
+            "waiting", claim, code=error.code, message=error.message, seconds=round(seconds, 3)
+        )
+
+    def going_on(self, claim: Claim) -> None:
+        """Tell that the task waits no more."""
+        self._write("going_on", claim)
+
     def publishing(self, claim: Claim) -> Stop | None:
         """Tell that the result is being put together."""
         return self._write("publishing", claim)

@@ -7,7 +7,7 @@ what went wrong into our errors, ``waiting.py`` decides how long to go on, ``sou
 """
 
 from pissa_core.adapters.hub.client import HubClient
-from pissa_core.adapters.hub.sink import HubSink, PublishOptions
+from pissa_core.adapters.hub.sink import HubSink
 from pissa_core.adapters.hub.source import HubSource
 from pissa_core.adapters.hub.waiting import COMMIT, OPENING, TRANSFER, Notice, Patience, Pause
 
@@ -21,5 +21,4 @@ __all__ = [
     "Notice",
     "Patience",
     "Pause",
-    "PublishOptions",
 ]

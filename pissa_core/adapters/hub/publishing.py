@@ -201,7 +201,8 @@ class Publisher:
         return OutputExists(
             f"{self._writer.repo_id} ({self._target.branch}) was filled by something else while "
             "this ran",
-            hint="name another repo or branch, or allow it to be overwritten, and run again",
+            hint="name another repo or branch, or allow it to be overwritten (--overwrite, or "
+            "output.overwrite of a job), and run again",
         )
 
 

@@ -24,20 +24,11 @@ from pissa_core.adapters.local.scratch import (
     slug,
 )
 from pissa_core.errors import Cancelled, OutputExists, OutputIsSource
-from pissa_core.ports import Attempt, CheckpointSource, Publication, Seal
+from pissa_core.ports import Attempt, CheckpointSource, Publication, PublishOptions, Seal
 from pissa_core.refs import HubRef
 
-MESSAGE = "Residual model and initial PiSSA adapter"
+MESSAGE = "Model made by pissa-service"
 _PUBLISHING = ".publishing"  # no shard's folder, since a slug ends in eight digits
-
-
-@dataclass(frozen=True, slots=True)
-class PublishOptions:
-    """How a result is published on the Hub; the branch is part of its reference."""
-
-    private: bool = False
-    overwrite: bool = False
-    commit_message: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +210,8 @@ class HubSink:
         if self.published() is None:
             raise OutputExists(
                 f"{self._repo_id} ({self._branch}) exists and is not empty",
-                hint="name another repo or branch, or allow it to be overwritten",
+                hint="name another repo or branch, or allow it to be overwritten (--overwrite, or "
+                "output.overwrite of a job)",
             )
 
     def _refuse_source(self, source: CheckpointSource, there: Pinned) -> None:

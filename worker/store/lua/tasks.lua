@@ -204,6 +204,24 @@ function ops.shard_done(a)
   return {}
 end
 
+-- The task waits for the Hub; the job does, where no other task of it goes on.
+function ops.waiting(a)
+  if not held(a) then return LOST end
+  emit(a.id, 'waiting', { task = a.task, code = a.code, message = a.message, delay_s = a.seconds })
+  if a.task ~= 'discard' and redis.call('SCARD', sub(a.id, 'held')) == 1 then
+    set_phase(a.id, 'waiting')
+  end
+  return answer(a)
+end
+
+function ops.going_on(a)
+  if not held(a) then return LOST end
+  if a.task ~= 'discard' and get(a.id, 'phase') == 'waiting' then
+    set_phase(a.id, PHASES[a.task] or 'shards')
+  end
+  return answer(a)
+end
+
 function ops.publishing(a)
   if not held(a) then return LOST end
   emit(a.id, 'publishing', {})
