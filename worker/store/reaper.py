@@ -12,7 +12,13 @@ from collections.abc import Collection
 from types import TracebackType
 from typing import Any
 
-from pissa_core.errors import NoSuitableWorker, OutOfMemory, PissaError, WorkerLost
+from pissa_core.errors import (
+    AttemptsExhausted,
+    NoSuitableWorker,
+    OutOfMemory,
+    PissaError,
+    WorkerLost,
+)
 from worker.errors import PlanTimeout, StoreUnavailable
 from worker.processes import holder_id, is_dead
 from worker.settings import Settings
@@ -109,6 +115,7 @@ class Reaper:
             dead=dead,
             code=error.code,
             error=json.dumps(error.as_dict()),
+            exhausted=json.dumps(_exhausted(error, self._settings.max_losses).as_dict()),
             max_losses=self._settings.max_losses,
         )
 
@@ -179,6 +186,13 @@ def _worker_lost(lease: dict[str, Any], *, how: str) -> WorkerLost:
     return WorkerLost(
         f"the worker {lease['worker']} {how} while it was at {lease['task']}",
         hint="if this happens again the machine may be short of memory; see the worker's log",
+    )
+
+
+def _exhausted(last: PissaError, losses: int) -> AttemptsExhausted:
+    return AttemptsExhausted(
+        f"{last.message}: the last of {losses} workers that the task lost, as many as allowed",
+        hint="see the workers' logs; resuming goes on from what is sealed",
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from pissa_core.errors import Cancelled, PissaError
+from pissa_core.errors import AttemptsExhausted, Cancelled, PissaError
 from worker.settings import Settings
 from worker.store.connection import Connection
 
@@ -237,7 +237,14 @@ class TaskStore:
         self._write("finish", claim, result=None if result is None else json.dumps(result))
 
     def retry(self, claim: Claim, error: PissaError, *, restart: bool) -> None:
-        """Have the task tried again later (with `restart`: the job, from its plan on), or fail."""
+        """Have the task tried again later (with `restart`: the job, from its plan on), or fail.
+
+        Retries that are spent end the job with the error's own code; work that was discarded
+        under it every time has none of its own.
+        """
+        exhausted = None
+        if isinstance(error, Cancelled):
+            exhausted = json.dumps(_never_left_alone(self._settings.max_retries).as_dict())
         self._write(
             "retry",
             claim,
@@ -246,6 +253,7 @@ class TaskStore:
             discard="none",
             retry_ms=int(self._settings.retry_s * 1000),
             max_retries=self._settings.max_retries,
+            exhausted=exhausted,
         )
 
     def fail(self, claim: Claim, error: PissaError, *, discard: bool) -> None:
@@ -267,6 +275,15 @@ class TaskStore:
             raise LeaseLost(f"{claim.job_id} {claim.task}")
         stop = answer.get("stop")
         return None if stop is None else Stop(stop)
+
+
+def _never_left_alone(restarts: int) -> AttemptsExhausted:
+    return AttemptsExhausted(
+        f"what the job had staged was discarded under it, and it was begun anew {restarts} times, "
+        "as often as allowed",
+        hint="another job with the same source, config and output is being cancelled or deleted; "
+        "resume this one when that is over",
+    )
 
 
 def is_restart(error: PissaError) -> bool:

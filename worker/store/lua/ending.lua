@@ -89,10 +89,11 @@ local function fail_job(id, error, discard)
   begin_end(id, 'failed', discard)
 end
 
--- A worker died, or fell silent, while it held the task.
+-- A worker died, or fell silent, while it held the task. A known cause outlives losses without one.
 local function lose(id, t, task, a)
   task.lost = task.lost + 1
   count('lost:' .. a.code)
+  if a.code ~= 'worker_lost' then task.cause = a.error end
   drop_task(id, t)
   local ending = get(id, 'ending')
   if ending and not get(id, 'published') then
@@ -106,7 +107,7 @@ local function lose(id, t, task, a)
   elseif task.lost >= a.max_losses and ending then
     finalize(id, ending)
   elseif task.lost >= a.max_losses then
-    fail_job(id, a.error, 'none')
+    fail_job(id, task.cause or a.exhausted, 'none')
   else
     make_ready(id, t, task)
     if redis.call('SCARD', sub(id, 'held')) == 0 then set_phase(id, 'waiting') end

@@ -121,7 +121,10 @@ function ops.retry(a)
   if not task then return LOST end
   if get(a.id, 'ending') then return ops.release(a) end
   local tries = a.restart and redis.call('HINCRBY', J(a.id), 'restarts', 1) or task.retries + 1
-  if tries > a.max_retries then return ops.fail(a) end
+  if tries > a.max_retries then
+    a.error = a.exhausted or a.error
+    return ops.fail(a)
+  end
   local t = a.task
   drop_task(a.id, t)
   if a.restart then
