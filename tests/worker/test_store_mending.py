@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,7 +14,9 @@ from worker_tools import wait_for
 
 from pissa_core.errors import Cancelled, HubUnavailable, PissaError, SourceChanged
 from pissa_core.plan import Plan
+from worker.connect import open_store
 from worker.contract import Phase, Status, Task
+from worker.errors import StoreUnavailable
 from worker.processes import holder_id, is_dead
 from worker.settings import Settings
 from worker.store import JobStore, LeaseLost, Reaper, Stop, TaskStore
@@ -145,9 +148,11 @@ def test_a_job_whose_workers_keep_dying_fails(
     job = store.get(job_id)
     assert job.status is Status.FAILED
     assert job.error is not None
-    assert job.error.code == "worker_lost"
-    assert "hand@here died while it was at prepare" in job.error.message
+    assert job.error.code == "attempts_exhausted"
+    assert "hand@here died while it was at prepare: the last of 3 workers" in job.error.message
     assert job.attempts == settings.max_losses
+    waits = [event.data for event in store.events(job_id)[0] if event.type.value == "waiting"]
+    assert [wait["code"] for wait in waits] == ["worker_lost"] * (settings.max_losses - 1)
 
 
 _SAY_HOLDER = (
@@ -162,6 +167,18 @@ def test_how_the_worker_died_is_said_by_who_knows(store: JobStore, tasks: TaskSt
     boot, _, _ = holder_id().rpartition("/")
     assert tasks.claim(job_id, "prepare", holder=f"{boot}/0") is not None
     one_life.take_back_from_dead(out_of_memory=True)
+    error = store.get(job_id).error
+    assert error is not None
+    assert error.code == "out_of_memory"
+
+
+def test_a_known_cause_outlives_losses_without_one(store: JobStore, tasks: TaskStore) -> None:
+    job_id = submit(store)
+    boot, _, _ = holder_id().rpartition("/")
+    reaper = settled_store(store, max_losses=2)
+    for out_of_memory in (True, False):
+        assert tasks.claim(job_id, "prepare", holder=f"{boot}/0") is not None
+        reaper.take_back_from_dead(out_of_memory=out_of_memory)
     error = store.get(job_id).error
     assert error is not None
     assert error.code == "out_of_memory"
@@ -222,6 +239,20 @@ def test_a_job_whose_ground_moved_is_planned_anew(
     rounds(reaper, store, lambda: state(store, job_id, "prepare") != "delayed", "the new plan")
     do_all(tasks, job_id)
     assert store.get(job_id).status is Status.SUCCEEDED
+
+
+def test_a_job_that_is_discarded_under_its_hands_again_and_again_says_so(
+    store: JobStore, settings: Settings, reaper: Reaper
+) -> None:
+    job_id = submit(store)
+    few = TaskStore(store.connection, settled(settings, max_retries=1, retry_s=0.01), worker="w")
+    for _ in range(2):
+        rounds(reaper, store, lambda: state(store, job_id, "prepare") != "delayed", "the restart")
+        few.retry(take(few, job_id, "prepare"), Cancelled("discarded"), restart=True)
+    error = store.get(job_id).error
+    assert error is not None
+    assert error.code == "attempts_exhausted"
+    assert "discarded under it" in error.message
 
 
 def test_a_worker_that_stops_hands_its_task_back_unharmed(
@@ -348,6 +379,20 @@ def test_after_a_pause_leases_get_time_to_be_renewed(
         5,
     )
     assert tasks.look(claim) is None
+
+
+def test_a_store_that_refuses_to_write_is_away_for_a_while(
+    store: JobStore, settings: Settings
+) -> None:
+    client = store.connection.client
+    client.config_set("min-replicas-to-write", 1)
+    hasty = open_store(settings, patience_s=0.1)
+    with pytest.raises(StoreUnavailable):
+        hasty.submit(REQUEST, owner="me")
+    hasty.close()
+    threading.Timer(0.3, client.config_set, ("min-replicas-to-write", 0)).start()
+    submit(store)
+    assert store.counts()[Status.QUEUED] == 1
 
 
 def test_the_rounds_go_by_themselves(

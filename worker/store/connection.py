@@ -23,6 +23,8 @@ from worker.errors import StoreUnavailable
 
 _PARTS = ("common", "ending", "jobs", "tasks", "reaper", "dispatch")
 _AWAY = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)
+_REFUSALS = ("MISCONF", "NOREPLICAS", "MASTERDOWN")
+"""How a server begins to answer whose disk is full, or that has lost replicas or its primary."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 
 Answer = TypeVar("Answer")
@@ -87,13 +89,15 @@ class Connection:
         while True:
             try:
                 return command()
-            except _AWAY as error:
-                if time.monotonic() + pause > deadline:
-                    raise _unavailable() from error
             except redis.exceptions.OutOfMemoryError as error:
                 raise StoreUnavailable(
                     "the job store has no memory left", hint="delete finished jobs, or give it more"
                 ) from error
+            except redis.RedisError as error:
+                if not _is_away(error):
+                    raise
+                if time.monotonic() + pause > deadline:
+                    raise _unavailable() from error
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -111,6 +115,11 @@ class Connection:
     def close(self) -> None:
         """Close every connection."""
         self.client.close()
+
+
+def _is_away(error: redis.RedisError) -> bool:
+    """Whether waiting may help: nobody answers, or one who cannot write at present."""
+    return isinstance(error, _AWAY) or str(error).startswith(_REFUSALS)
 
 
 def _unavailable() -> StoreUnavailable:
