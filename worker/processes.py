@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
@@ -71,13 +72,42 @@ def reset_peak_memory() -> None:
 
 
 def oom_kills() -> int:
-    """Return how often the kernel has killed in our memory cgroup for want of memory."""
-    line = next((x for x in _read(Path("/proc/self/cgroup")).splitlines() if x[:3] == "0::"), None)
-    if line is None:
-        return 0
-    events = _read(Path(f"/sys/fs/cgroup{line[3:]}") / "memory.events")
-    counts = dict(row.split() for row in events.splitlines() if len(row.split()) == 2)
-    return int(counts.get("oom_kill", 0))
+    """Return how often the kernel has killed for want of memory: in our cgroup, or at all.
+
+    The machine's own counter is asked where there is no cgroup with one (a process of nobody's
+    container); it also counts what was killed elsewhere on the machine.
+    """
+    for path in (*_memory_counters(), Path("/proc/vmstat")):
+        rows = (line.split() for line in _read(path).splitlines())
+        counts = {row[0]: row[1] for row in rows if len(row) == 2}
+        if "oom_kill" in counts:
+            return int(counts["oom_kill"])
+    return 0
+
+
+def choose_to_die_first() -> None:
+    """Have the kernel, when memory runs out, end this process rather than those that watch it."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("500")
+    except OSError:
+        return
+
+
+def _memory_counters() -> Iterator[Path]:
+    """Yield where our memory cgroup counts, in its second version and its first.
+
+    A container may see its own cgroup as the root of the tree, whatever its path is called.
+    """
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            tree, name = Path("/sys/fs/cgroup"), "memory.events"
+        elif "memory" in controllers.split(","):
+            tree, name = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
+        else:
+            continue
+        yield tree / path.lstrip("/") / name
+        yield tree / name
 
 
 def _here() -> str:
