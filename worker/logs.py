@@ -53,5 +53,5 @@ def configure_logging(process: str, level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for noisy in ("celery.worker.strategy", "celery.app.trace", "kombu", "httpx", "httpcore"):
+    for noisy in ("celery.worker.strategy", "celery.app.trace", "kombu", "httpx2", "httpcore2"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
