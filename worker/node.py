@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+from billiard.util import _run_finalizers
 from celery import Celery, signals
 from celery.concurrency.prefork import TaskPool
 from celery.exceptions import SecurityWarning, WorkerLostError
@@ -73,6 +74,7 @@ def main() -> None:
     _watch_children(settings)
     status = _consume(app, node)
     logging.shutdown()
+    _run_finalizers()  # the pool's temporary folders
     # Taking torch apart object by object takes seconds, and there is nothing left to save.
     os._exit(status)
 
