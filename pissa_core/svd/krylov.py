@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from pissa_core.svd.missing import could_be_missing
+from pissa_core.svd.missing import could_be_missing, may_hide_members
 from pissa_core.svd.orth import orthonormal_rows, split_off
 
 _CHEAP_UP_TO = 200  # a problem of this size costs less than a step
@@ -44,7 +44,7 @@ class Ritz:
         values: (k,) float64, descending, of the whole last basis.
         vectors: (rank, d) float32, orthonormal rows.
         residuals: (k,) float64, |G v_i - theta_i v_i|.
-        missed: `could_be_missing` of these.
+        missed: `could_be_missing` of these, and of the step before where members may hide.
         steps: products with the operator that were taken.
     """
 
@@ -86,8 +86,9 @@ def leading_eigenpairs(
     K = torch.zeros(_whole(shape.capacity + b), d, dtype=torch.float32, device=start.device)
     T = torch.zeros(shape.capacity, shape.capacity, dtype=torch.float64, device=start.device)
     K[:b] = start
-    k, step = b, 0
-    solve_at = LEAST_STEPS if LEAST_STEPS * b <= _CHEAP_UP_TO else LEAST_STEPS + 1
+    k, step, solved_at, before = b, 0, 0, 0.0
+    wide = LEAST_STEPS * b > _CHEAP_UP_TO and tolerance > 0
+    solve_at = LEAST_STEPS + wide
     while True:
         step += 1
         C, Q, B = split_off(K[: _whole(k)], apply(K[k - b : k]), generator)
@@ -97,11 +98,17 @@ def leading_eigenpairs(
         if step >= shape.max_steps or full or step >= solve_at:
             values, S = solve_small(T[:k, :k], rank)
             residuals = torch.linalg.vector_norm(B.t() @ S[k - b :].double(), dim=0)
-            missed = could_be_missing(values, residuals, rank, b)
-            if (missed <= tolerance and step >= LEAST_STEPS) or step >= shape.max_steps:
+            missed = latest = could_be_missing(values, residuals, rank, b)
+            confirmed = True
+            if may_hide_members(values, rank, b):
+                confirmed = solved_at == step - 1
+                missed = max(latest, before)
+            enough = missed <= tolerance and confirmed and step >= LEAST_STEPS
+            if enough or step >= shape.max_steps:
                 vectors = torch.mm(S[:, :rank].t().float(), K[:k])
                 return Ritz(values, vectors, residuals, missed, step)
-            solve_at = step + _steps_until(missed, tolerance, k)
+            before, solved_at = latest, step
+            solve_at = step + _steps_until(latest, tolerance, k)
             if full:
                 K[: shape.keep] = torch.mm(S[:, : shape.keep].t().float(), K[:k])
                 K[shape.keep :].zero_()
@@ -137,4 +144,6 @@ def _steps_until(missed: float, tolerance: float, k: int) -> int:
     # costs next to nothing; one of many hundreds as much as a step, and waits for the hard case.
     if k <= _CHEAP_UP_TO:
         return 1
-    return max(1, round(math.log(missed / tolerance) / math.log(5))) if tolerance > 0 else 1
+    if tolerance == 0 or missed <= tolerance:
+        return 1
+    return max(1, round(math.log(missed / tolerance) / math.log(5)))

@@ -30,8 +30,9 @@ def could_be_missing(values: Tensor, residuals: Tensor, rank: int, block: int) -
              direction: the squared share of one in it falls below a hundredth of its mean with
              probability < 1e-10 for a block of 16, < 1e-5 for 9 (chi-square).
              Residuals within float32 rounding of theta_1 count as none; RESOLUTION covers them.
-             Measured on 12 000 random spectra of ten kinds, plateaus and clusters wider than the
-             block among them: never below the truth, 7 times above it in the median.
+             Where `may_hide_members`, the larger of two steps' estimates counts. An
+             earlier form without this was false twice in 5000 random spectra rich in clusters;
+             otherwise it is 7 times above the truth in the median, 40 times in a flat bulk.
     Source   the bordered form: Golub, Meurant 2010, "Matrices, Moments and Quadrature with
              Applications", ch. 6 (Gauss-Radau); expansion: Parlett 1998, "The Symmetric
              Eigenvalue Problem", sec. 11.7; the start: Kuczynski, Wozniakowski 1992,
@@ -48,6 +49,22 @@ def could_be_missing(values: Tensor, residuals: Tensor, rank: int, block: int) -
     reach = float(raised.topk(rank).values.clamp(min=0).sum())
     share = _SAFETY * (reach - total) / total
     return share / (1 + share)
+
+
+def may_hide_members(values: Tensor, rank: int, block: int) -> bool:
+    """Whether theta_r lies in a cluster of which a Krylov space may not have shown all members.
+
+    It shows of a cluster no more members than the block is wide, until the polynomials resolve
+    what tells them apart. Then theta_r to theta_s, s >= block, lie closer together than the drop
+    to theta_{s+1}, and the residuals, which measure the couplings among the cluster, are much
+    smaller than the distances of its values: `could_be_missing` takes the cluster for settled. A
+    step later the next member appears and the residuals grow. So where this is true, an estimate
+    counts only together with that of the step before.
+    """
+    cluster = values[block - 1 :]
+    drops = cluster[:-1] - cluster[1:]
+    widths = values[rank - 1] - cluster[:-1]
+    return bool((drops > torch.maximum(widths, _ROUNDING * values[0])).any())
 
 
 def gains(values: Tensor, residuals: Tensor, delta: Tensor) -> Tensor:

@@ -8,6 +8,10 @@ from spectra import SPECTRA, best_energy, missed_energy
 
 from pissa_core.certify import certify
 from pissa_core.svd import RESOLUTION, TruncatedSvd, truncated_svd
+from pissa_core.svd.krylov import leading_eigenpairs
+from pissa_core.svd.missing import may_hide_members
+from pissa_core.svd.orth import orthonormal_rows
+from pissa_core.svd.routes import krylov_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,3 +139,44 @@ def test_entries_that_are_not_finite_are_not_decomposed(bad: float, method: str)
 
 def test_a_tolerance_that_float32_cannot_show_is_met_by_the_exact_method() -> None:
     assert solve(torch.randn(30, 20), 3, tolerance=1e-6).method == "exact"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_member_of_a_cluster_that_the_start_all_but_lacks_is_not_certified_away(
+    seed: int,
+) -> None:
+    # One member more than the block is wide, and a start that hardly holds the second largest:
+    # after three steps the residuals say that the cluster is settled, when it is not.
+    rank, d = 4, 300
+    shape = krylov_shape(d, rank)
+    theta = torch.full((d,), 0.25, dtype=torch.float64)
+    members = torch.linspace(1, 0, shape.block + 1, dtype=torch.float64)
+    theta[: shape.block + 1] = 1 + 1e-4 * members
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(shape.block, d, generator=generator)
+    start[:, 1] *= 0.01
+    G = torch.diag(theta).float()
+    found = leading_eigenpairs(
+        lambda X: X @ G,
+        orthonormal_rows(start, generator)[0],
+        rank,
+        shape,
+        tolerance=1e-2,
+        generator=generator,
+    )
+    missed = 1 - float(found.values[:rank].sum() / theta[:rank].sum())
+    assert missed <= found.missed + RESOLUTION
+
+
+@pytest.mark.parametrize(
+    ("values", "hides"),
+    [
+        ([1.0, 0.999, 0.998, 0.997, 0.3, 0.2], True),  # as many alike as the block is wide
+        ([9.0, 1.0, 0.999, 0.998, 0.997, 0.3], True),  # one apart above them
+        ([1.0, 0.8, 0.64, 0.512, 0.41, 0.33], False),
+        ([1.0, 0.99, 0.98, 0.97, 0.96, 0.95], False),
+        ([1.0, 1.0, 0.0, 0.0, 1e-9, 0.0], False),  # of rank 2: noise below is no drop
+    ],
+)
+def test_where_members_may_hide(values: list[float], hides: bool) -> None:
+    assert may_hide_members(torch.tensor(values, dtype=torch.float64), 2, 4) is hides
