@@ -21,6 +21,7 @@ from pissa_core.errors import (
     Refused,
     SourceChanged,
     TargetError,
+    WayBackError,
     error_from,
 )
 from pissa_core.events import (
@@ -74,7 +75,7 @@ def convert(
 
 def is_hopeless(error: PissaError) -> bool:
     """Whether trying again cannot help, so that staged work is of no further use."""
-    kinds = (CheckpointError, TargetError, OutputError, Refused)
+    kinds = (CheckpointError, TargetError, OutputError, WayBackError, Refused)
     return isinstance(error, kinds)
 
 

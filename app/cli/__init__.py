@@ -20,6 +20,7 @@ from app.cli.errors import ExitStatus, report
 from app.cli.fetch import fetch
 from app.cli.local import convert, plan
 from app.cli.service import serve, worker
+from app.cli.to_lora import to_lora
 
 DEBUG = "--debug"
 
@@ -30,8 +31,9 @@ DEBUG = "--debug"
 def pissa(debug: bool) -> None:
     """Turn a Hugging Face checkpoint into its PiSSA form, here or by a service.
 
-    plan and convert work in this process. serve and worker run the service; submit, jobs, watch,
-    cancel, resume and fetch talk to one at PISSA_URL (default http://127.0.0.1:8000).
+    plan, convert and to-lora work in this process. serve and worker run the service; submit,
+    jobs, watch, cancel, resume and fetch talk to one at PISSA_URL (default
+    http://127.0.0.1:8000).
 
     Exit status: 0 done, 1 failed, 2 refused before anything was opened, 130 interrupted.
     """
@@ -40,6 +42,7 @@ def pissa(debug: bool) -> None:
 for _command in (
     plan,
     convert,
+    to_lora,
     serve,
     worker,
     submit,

@@ -122,7 +122,7 @@ class Conversion:
     def _open(self, shown: Display) -> tuple[CheckpointSource, CheckpointSink]:
         from pissa_core.adapters import open_source
 
-        source = open_source(self.model, on_wait=_noting(shown))
+        source = open_source(self.model, on_wait=noting(shown))
         sink = self._sink(source, shown)
         try:
             sink.check(source)
@@ -141,19 +141,20 @@ class Conversion:
         return open_sink(
             self.out,
             digest=staging_digest(source, self.config, where, division),
-            scratch=None if isinstance(self.out, LocalRef) else _scratch(),
+            scratch=None if isinstance(self.out, LocalRef) else scratch_folder(),
             options=self.publish,
-            on_wait=_noting(shown),
+            on_wait=noting(shown),
         )
 
 
-def _scratch() -> Path:
+def scratch_folder() -> Path:
+    """Return where work in progress lies whose result goes to the Hub."""
     from worker.settings import Settings
 
     return Settings.from_env().scratch_dir
 
 
-def _noting(shown: Display) -> Notice:
+def noting(shown: Display) -> Notice:
     """Return what tells the user of the Hub's pauses."""
 
     def note(pause: Pause | None) -> None:

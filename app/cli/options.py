@@ -152,6 +152,20 @@ max_shard_size_option = click.option(
 job_argument = click.argument("job_id", metavar="ID", type=JobId())
 
 
+memory_budget_option = click.option(
+    "--memory-budget",
+    type=Size(),
+    metavar="SIZE",
+    help="Memory that may be used, such as 4GB; fewer matrices in flight keep to it.",
+)
+
+slots_option = click.option(
+    "--slots",
+    type=click.IntRange(min=1),
+    help="Matrices in flight at once; default: what device and memory allow.",
+)
+
+
 def budget_options(command: Callable[P, R]) -> Callable[..., R]:
     """``--slots``, ``--memory-budget`` and the like: how much of the machine may be used.
 
@@ -174,17 +188,8 @@ def budget_options(command: Callable[P, R]) -> Callable[..., R]:
             help="Disk that work in progress may take, such as 20GB; a shard that alone would "
             "take more is divided.",
         ),
-        click.option(
-            "--memory-budget",
-            type=Size(),
-            metavar="SIZE",
-            help="Memory that may be used, such as 4GB; fewer matrices in flight keep to it.",
-        ),
-        click.option(
-            "--slots",
-            type=click.IntRange(min=1),
-            help="Matrices in flight at once; default: what device and memory allow.",
-        ),
+        memory_budget_option,
+        slots_option,
     ):
         decorated = option(decorated)
     return decorated

@@ -1,0 +1,174 @@
+"""Whether two adapters belong to one residual model, and what the original of that model is.
+
+What a manifest says is held against the files; without one, the names that the adapters bear
+must agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pissa_core.errors import AdaptersDoNotMatch, HeaderInvalid, WrongBase
+from pissa_core.lora.adapter import WEIGHTS, Adapter
+from pissa_core.lora.finding import INITIAL, MANIFEST, Opener, Place, base_of, find_place, parent_of
+from pissa_core.ports import CheckpointSource
+from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref
+
+_MOVED = "if the model was moved, set base_model_name_or_path in the trained adapter's config"
+_SAME = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where a pair comes from.
+
+    Attributes:
+        base: the original model as an adapter's config names it; None where nothing tells.
+        revision: its commit on the Hub, where known.
+        residual: the residual model's reference, where its manifest was found.
+        notes: what was found, and what could not be checked, in sentences.
+    """
+
+    base: str | None
+    revision: str | None
+    residual: str | None
+    notes: tuple[str, ...]
+
+
+def trace(
+    trained: Adapter, initial: Adapter, ref: Ref, source: CheckpointSource, open_ref: Opener
+) -> Lineage:
+    """Check that both adapters belong to one residual model, and find its original.
+
+    Args:
+        trained: the trained adapter.
+        initial: the initial one.
+        ref: where that was opened.
+        source: its files.
+        open_ref: opens a reference.
+
+    Raises:
+        WrongBase: if the trained adapter was trained on another model.
+        AdaptersDoNotMatch: if the initial adapter is not the one its manifest lists.
+    """
+    base = base_of(trained.config)
+    place = find_place(base, open_ref)
+    if place is not None and place.manifest is not None:
+        _check_trained_on(place, place.manifest, initial, source)
+        return _from_manifest(place, place.manifest)
+    own = find_place(parent_of(ref), open_ref)
+    _check_names(trained, initial, base, own)
+    if own is not None and own.manifest is not None:
+        _check_listed(own, own.manifest, initial, source)
+        return _from_manifest(own, own.manifest)
+    return _from_names(initial, own)
+
+
+def _check_trained_on(
+    place: Place, manifest: Mapping[str, Any], initial: Adapter, source: CheckpointSource
+) -> None:
+    listed, found = _listed(place, manifest), checksum(source, WEIGHTS)
+    if listed != found:
+        raise WrongBase(
+            f"the trained adapter was trained on {place.source.ref}, whose initial adapter is "
+            f"another than {initial.ref}: its sha256 is {listed[:16]}…, not {found[:16]}…",
+            hint=f"the initial adapter of that model is in its folder {INITIAL}/",
+        )
+    _check_rows(place, manifest, initial)
+
+
+def _check_listed(
+    own: Place, manifest: Mapping[str, Any], initial: Adapter, source: CheckpointSource
+) -> None:
+    listed, found = _listed(own, manifest), checksum(source, WEIGHTS)
+    if listed != found:
+        raise AdaptersDoNotMatch(
+            f"{initial.ref} is not the initial adapter that {own.source.ref} was made with: its "
+            f"sha256 is {found[:16]}…, the manifest lists {listed[:16]}…",
+            hint="the file was changed or replaced; take the one that was published",
+        )
+    _check_rows(own, manifest, initial)
+
+
+def _listed(place: Place, manifest: Mapping[str, Any]) -> str:
+    try:
+        return str(manifest["files"][f"{INITIAL}/{WEIGHTS}"]["sha256"])
+    except (KeyError, TypeError) as error:
+        raise HeaderInvalid(
+            f"{MANIFEST} of {place.source.ref} does not list the initial adapter"
+        ) from error
+
+
+def _check_rows(place: Place, manifest: Mapping[str, Any], initial: Adapter) -> None:
+    """The file is the one listed: what is left is its config, which says the scalings."""
+    for row in manifest.get("matrices", ()):
+        pair = initial.pairs.get(str(row["module"]))
+        said = float(row["scaling"])
+        if pair is None or abs(pair.scaling - said) > _SAME * said:
+            found = "no such target" if pair is None else f"scaling {pair.scaling:.6g}"
+            raise AdaptersDoNotMatch(
+                f"{row['module']} has scaling {said:.6g} in the manifest of {place.source.ref} "
+                f"and {found} in the initial adapter",
+                hint="its adapter_config.json was changed; take the one that was published",
+            )
+
+
+def _check_names(trained: Adapter, initial: Adapter, base: Ref | None, own: Place | None) -> None:
+    """Without the trained adapter's base at hand its name must be the initial one's, or place."""
+    if base is None or trained.base == initial.base or (own is not None and _same(base, own.ref)):
+        return
+    belongs = f"lies in {own.source.ref}" if own is not None else f"belongs to {initial.base}"
+    raise WrongBase(
+        f"the trained adapter was trained on {trained.base}, the initial adapter {belongs}",
+        hint=_MOVED,
+    )
+
+
+def _same(one: Ref, other: Ref) -> bool:
+    if isinstance(one, HubRef) and isinstance(other, HubRef):
+        return (one.repo_id, one.subfolder) == (other.repo_id, other.subfolder)
+    if isinstance(one, LocalRef) and isinstance(other, LocalRef):
+        return Path(one.path).resolve() == Path(other.path).resolve()
+    return False
+
+
+def _from_manifest(place: Place, manifest: Mapping[str, Any]) -> Lineage:
+    named = manifest.get("source") or {}
+    text, commit = named.get("ref"), named.get("commit")
+    if not isinstance(text, str) or not text:
+        raise HeaderInvalid(f"{MANIFEST} of {place.source.ref} does not name its source")
+    original = LocalRef(text) if text.startswith("/") else parse_ref(text)
+    name = original.repo_id if isinstance(original, HubRef) else original.path
+    at = f" at commit {commit}" if commit else ""
+    note = (
+        f"the original base is {name}{at}, and the initial adapter is the one that was made from "
+        f"it: so says the manifest of {place.source.ref}"
+    )
+    return Lineage(name, commit, place.source.ref, (note,))
+
+
+def _from_names(initial: Adapter, own: Place | None) -> Lineage:
+    unchecked = f"no {MANIFEST} was found, so the initial adapter is taken at its word"
+    named = base_of(initial.config)
+    if named is None or (own is not None and _same(named, own.ref)):
+        return Lineage(
+            None, None, None, (unchecked, "what the original base is, nothing here says")
+        )
+    revision = initial.config.get("revision")
+    note = f"the original base is {initial.base}, as the initial adapter names it"
+    return Lineage(initial.base, revision, None, (unchecked, note))
+
+
+def checksum(source: CheckpointSource, path: str) -> str:
+    """Return the sha256 of a file, as the source knows it or by reading it in chunks."""
+    info = source.files()[path]
+    if info.sha256 is not None:
+        return info.sha256
+    digest = hashlib.sha256()
+    for piece in source.stream(path, 0, info.size):
+        digest.update(piece)
+    return digest.hexdigest()

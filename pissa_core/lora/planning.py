@@ -1,0 +1,115 @@
+"""Two adapters and the options become a plan: headers read, everything compared and refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pissa_core.errors import DiskTooSmall, InvalidConfig
+from pissa_core.lora.adapter import Adapter, read_adapter, read_config
+from pissa_core.lora.finding import Opener, find_initial
+from pissa_core.lora.layout import bound_entries
+from pissa_core.lora.lineage import trace
+from pissa_core.lora.matching import check_match
+from pissa_core.lora.plan import LoraPlan, Update
+from pissa_core.lora.updates import working_bytes
+from pissa_core.ports import CheckpointSink, CheckpointSource
+from pissa_core.refs import Ref
+from pissa_core.slots import usable_cores
+from pissa_core.spec import LoraOptions
+from pissa_core.tensorfile import make_header
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Both adapters' files; `initial_ref` is what was asked for or found."""
+
+    trained: CheckpointSource
+    initial_ref: Ref
+    initial: CheckpointSource
+
+
+def open_adapters(trained: Ref, initial: Ref | None, open_ref: Opener) -> Found:
+    """Open the trained adapter, and the initial one or what the trained one's base leads to."""
+    source = open_ref(trained)
+    ref, beside = find_initial(read_config(source), initial, open_ref)
+    return Found(source, ref, beside)
+
+
+def make_lora_plan(
+    found: Found, options: LoraOptions, open_ref: Opener, *, slots: int | None = None
+) -> LoraPlan:
+    """Compare both adapters and decide what becomes of every tensor; reads no factor.
+
+    The file of the initial adapter is read once for its checksum, where a manifest lists it and
+    the source does not know it.
+
+    Raises:
+        UnsupportedAdapter: if one of them cannot be converted correctly.
+        AdaptersDoNotMatch, WrongBase: if they do not belong together.
+    """
+    trained, initial = read_adapter(found.trained), read_adapter(found.initial)
+    check_match(trained, initial)
+    lineage = trace(trained, initial, found.initial_ref, found.initial, open_ref)
+    updates = _updates(trained, initial, options)
+    flights = sorted((working_bytes(update, options) for update in updates), reverse=True)
+    return LoraPlan(
+        source=trained.ref,
+        commit=trained.commit,
+        initial=initial.ref,
+        initial_commit=initial.commit,
+        base=lineage.base,
+        base_revision=lineage.revision,
+        residual=lineage.residual,
+        trained_config=trained.config,
+        config=options.model_dump(mode="json"),
+        updates=updates,
+        carried=trained.carried,
+        left_out=trained.left_out,
+        notes=(*lineage.notes, *_left_out_note(trained)),
+        peak_memory=sum(flights[: slots or usable_cores()]),
+    )
+
+
+def check_lora_plan(plan: LoraPlan, found: Found, sink: CheckpointSink) -> None:
+    """Refuse, before a factor is read, an output that cannot take the result."""
+    for source in (found.trained, found.initial):
+        sink.check(source)
+    written = make_header(bound_entries(plan)).file_size
+    # Laid out at the largest ranks first, and once more where a tolerance made them smaller; what
+    # comes from the Hub is downloaded beside it.
+    fetched = [source for source in (found.trained, found.initial) if not source.rereads]
+    needed = written * (1 if plan.options.tolerance is None else 2)
+    needed += sum(info.size for source in fetched for info in source.files().values())
+    free = sink.free_bytes()
+    if free is not None and needed > free:
+        raise DiskTooSmall(
+            f"the output needs {needed:,} bytes of disk and {free:,} are free where {sink.ref} "
+            "would lie",
+            hint="free some space, or choose an output on another disk",
+        )
+
+
+def _updates(trained: Adapter, initial: Adapter, options: LoraOptions) -> tuple[Update, ...]:
+    pairs = [(pair, initial.pairs[module]) for module, pair in trained.pairs.items()]
+    widest = max(2 * pair.rank for pair, _ in pairs)
+    if options.rank is not None and options.rank > widest:
+        raise InvalidConfig(
+            f"lora.rank is {options.rank}; the update has rank {widest} at most, where nothing is "
+            "lost",
+            hint="leave rank out for the exact form",
+        )
+    return tuple(Update(pair, other, _bound(2 * pair.rank, options)) for pair, other in pairs)
+
+
+def _bound(exact: int, options: LoraOptions) -> int:
+    return exact if options.rank is None else min(options.rank, exact)
+
+
+def _left_out_note(trained: Adapter) -> tuple[str, ...]:
+    if not trained.left_out:
+        return ()
+    more = f" and {len(trained.left_out) - 1} more" * (len(trained.left_out) > 1)
+    return (
+        f"{trained.left_out[0]}{more} is left out: the residual's weight, which the original "
+        "base has a better one for",
+    )
