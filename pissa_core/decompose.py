@@ -51,7 +51,7 @@ def decompose(
         NonFiniteWeight: naming the tensor and the first bad entry.
     """
     job = _Job(config, bench, head_start)
-    sized = [(matrix, matrix_bytes(matrix, config.svd.method)) for matrix in matrices]
+    sized = [(matrix, job.nbytes(matrix, resolved.device)) for matrix in matrices]
     on_cpu = partial(job.on_the_cpu_instead, device=resolved.device)
     yield from run_in_slots(
         partial(job.run, lanes=_Lanes(resolved.device)),
@@ -71,6 +71,11 @@ class _Job:
     bench: Workbench
     head_start: HeadStart | None
 
+    def nbytes(self, matrix: Matrix, device: torch.device) -> int:
+        """Return what a matrix takes in flight, of the device's memory on a GPU."""
+        config = self.config
+        return matrix_bytes(matrix, config.svd.method, config.rounding, device=device.type)
+
     def run(self, matrix: Matrix, *, lanes: _Lanes) -> MatrixDone:
         """Split one matrix in this thread's lane and write what came out."""
         began = time.perf_counter()
@@ -86,7 +91,7 @@ class _Job:
             ) from error
         except (MemoryError, RuntimeError) as error:
             if _ran_out_of_memory(error):
-                raise self._out_of_memory(matrix) from error
+                raise self._out_of_memory(matrix, lanes.device) from error
             raise
         self.bench.finish(matrix, residual, a, b, row)
         nbytes = matrix.stop - matrix.start
@@ -119,11 +124,12 @@ class _Job:
         row = _row(matrix) | split.certificate.as_row() | {"device": lanes.device.type}
         return row, split.R, split.A, split.B
 
-    def _out_of_memory(self, matrix: Matrix) -> OutOfMemory:
-        needed = matrix_bytes(matrix, self.config.svd.method)
+    def _out_of_memory(self, matrix: Matrix, device: torch.device) -> OutOfMemory:
+        needed = self.nbytes(matrix, device)
+        where = "memory" if device.type == "cpu" else f"memory of {device}"
         return OutOfMemory(
-            f"memory ran out at {matrix.tensor} {list(matrix.shape)}, which needs about {needed:,} "
-            "bytes",
+            f"{where} ran out at {matrix.tensor} {list(matrix.shape)}, which needs about "
+            f"{needed:,} bytes",
             hint="use fewer slots or a smaller memory budget, or a machine with more memory",
         )
 

@@ -178,8 +178,9 @@ def _check_disk(plan: Plan, sink: CheckpointSink) -> None:
 
 def _check_memory(plan: Plan, resolved: Resolved) -> None:
     method = plan.config["svd"]["method"]
-    largest = max(plan.matrices, key=lambda matrix: matrix_bytes(matrix, method))
-    needed = matrix_bytes(largest, method)
+    rounding = plan.config["rounding"]
+    largest = max(plan.matrices, key=lambda matrix: matrix_bytes(matrix, method, rounding))
+    needed = matrix_bytes(largest, method, rounding)
     if needed > resolved.budget:
         raise MemoryTooSmall(
             f"{largest.tensor} {list(largest.shape)} needs {needed:,} bytes in flight and the "

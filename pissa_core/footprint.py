@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from pissa_core.svd.operator import GRAM_PANEL, PANEL_BYTES
+from pissa_core.svd.operator import GPU_PANEL_BYTES, GRAM_PANEL, PANEL_BYTES
 from pissa_core.svd.routes import fits_krylov, krylov_shape, oversampling
 
 _SLACK = 16 << 20  # kernels oneDNN compiles, buffers of BLAS, what the allocator holds back
 
 
 def working_bytes(
-    m: int, n: int, rank: int, dtype_bytes: int, method: str, rounding: str = "faithful"
+    m: int,
+    n: int,
+    rank: int,
+    dtype_bytes: int,
+    method: str,
+    rounding: str = "faithful",
+    *,
+    device: str = "cpu",
 ) -> int:
     """Return an upper bound of the bytes that splitting one matrix keeps alive at once.
 
@@ -25,6 +32,8 @@ def working_bytes(
     * ``exact``: 4 m n twice, 4 (m + n) d for all singular vectors, 24 d^2 for LAPACK;
       the vectors stay while R is formed.
     * ``peft`` rounding: 20 m n for its chain of float32 matrices, after the SVD.
+    * on a GPU: panels are larger, three of 256 MB or of W in float32, whichever is less, through
+      the search as well. There this is memory of the device; the host needs 2 s m n of it.
     """
     d, r = min(m, n), min(rank, m, n)
     stored = 2 * dtype_bytes * m * n + 16 * (m + n) * r
@@ -34,7 +43,8 @@ def working_bytes(
         finish = 20 * m * n + 16 * (m + n) * r
     if method == "exact":
         finish += 4 * (m + n) * d
-    return stored + max(search, finish) + _SLACK + 64 * d
+    panels = 3 * min(GPU_PANEL_BYTES, 4 * m * n) if device == "cuda" else 0
+    return stored + max(search, finish) + panels + _SLACK + 64 * d
 
 
 def _auto(m: int, n: int, r: int, dtype_bytes: int) -> int:

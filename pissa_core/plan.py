@@ -134,6 +134,7 @@ class Estimate:
     adapter: int
     peak_memory: int
     peak_disk: int
+    peak_device_memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +197,7 @@ class Plan:
             },
             "peak_memory_bytes": self.estimate.peak_memory,
             "peak_disk_bytes": self.estimate.peak_disk,
+            "peak_device_memory_bytes": self.estimate.peak_device_memory,
             "trainable_parameters": self.trainable_parameters,
             "divided": _divided(self.shards),
         }

@@ -83,10 +83,12 @@ def accepted_config(config: PissaConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def matrix_bytes(matrix: Matrix, method: str) -> int:
-    """Return the bytes of memory one matrix needs while it is in flight."""
-    itemsize = TORCH_DTYPES[matrix.dtype].itemsize
-    return working_bytes(matrix.out_features, matrix.in_features, matrix.rank, itemsize, method)
+def matrix_bytes(
+    matrix: Matrix, method: str, rounding: str = "faithful", *, device: str = "cpu"
+) -> int:
+    """Return the bytes of memory, the device's own on a GPU, that one matrix needs in flight."""
+    m, n, itemsize = matrix.out_features, matrix.in_features, TORCH_DTYPES[matrix.dtype].itemsize
+    return working_bytes(m, n, matrix.rank, itemsize, method, rounding, device=device)
 
 
 def estimate(
@@ -97,7 +99,8 @@ def estimate(
     ``read`` and ``written`` count whole files, each once; ``adapter`` is exact. ``peak_disk`` adds
     to the output the factors a second time, in the parts they are assembled from, and the rows
     of journal, seals and manifest. ``peak_memory`` is the import footprint plus the `slots`
-    largest matrices in flight, as far as the budget lets them fly together.
+    largest matrices in flight, as far as the budget lets them fly together;
+    ``peak_device_memory`` is the same of a GPU, without footprint, if one does the work.
     """
     index = sizes.get(plan.index or "", 0)
     along = sum(sizes[path] for path in plan.side_files)
@@ -107,17 +110,24 @@ def estimate(
     adapter = adapter_bytes(plan)
     rows = sum(row_bytes(matrix) for matrix in plan.matrices)
     method = plan.config["svd"]["method"]
-    flights = sorted((matrix_bytes(matrix, method) for matrix in plan.matrices), reverse=True)
-    memory = sum(flights[:slots])
-    if memory_budget is not None:
+    rounding = plan.config["rounding"]
+
+    def in_flight(device: str) -> int:
+        sizes = (matrix_bytes(m, method, rounding, device=device) for m in plan.matrices)
+        flights = sorted(sizes, reverse=True)
+        memory = sum(flights[:slots])
+        if memory_budget is None:
+            return memory
         # A matrix larger than the budget runs alone, so the largest is the least there can be.
-        memory = max([min(memory, memory_budget), *flights[:1]])
+        return max([min(memory, memory_budget), *flights[:1]])
+
     return Estimate(
         read=read,
         written=written + adapter,
         adapter=adapter,
-        peak_memory=IMPORT_FOOTPRINT + memory,
+        peak_memory=IMPORT_FOOTPRINT + in_flight("cpu"),
         peak_disk=written + 2 * adapter + 3 * rows,
+        peak_device_memory=in_flight("cuda"),
     )
 
 

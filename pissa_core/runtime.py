@@ -9,6 +9,9 @@ import torch
 from pissa_core.errors import InvalidRequest
 from pissa_core.slots import default_budget, usable_cores
 
+_GPU_SLOTS = 3
+_SHARE_OF_FREE = 0.8
+
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
@@ -17,7 +20,7 @@ class Runtime:
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         slots: matrices in flight.
-        memory_budget: bytes that matrices in flight may take together.
+        memory_budget: bytes that matrices in flight may take together, on a GPU of its memory.
     """
 
     device: str = "auto"
@@ -38,15 +41,23 @@ def resolve(runtime: Runtime) -> Resolved:
     """Settle a runtime on this machine.
 
     On a CPU there is one slot a core, since several matrices with one BLAS thread each are done
-    sooner than one matrix with many, and the bytes do not depend on the number.
+    sooner than one matrix with many, and the bytes do not depend on the number. On a GPU, while
+    one matrix is worked on, another is read or copied and a third is written.
 
     Raises:
         InvalidRequest: if the device is not one of this machine's.
     """
     device = _device(runtime.device)
-    slots = runtime.slots or (usable_cores() if device.type == "cpu" else 2)
-    budget = default_budget() if runtime.memory_budget is None else runtime.memory_budget
-    return Resolved(device, slots, budget)
+    slots = runtime.slots or (usable_cores() if device.type == "cpu" else _GPU_SLOTS)
+    return Resolved(device, slots, _budget(runtime.memory_budget, device))
+
+
+def _budget(wished: int | None, device: torch.device) -> int:
+    if device.type == "cpu":
+        return default_budget() if wished is None else wished
+    # The rest is for what the allocator rounds up and what cuBLAS and cuSOLVER take.
+    room = int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE)
+    return room if wished is None else min(wished, room)
 
 
 def _device(name: str) -> torch.device:

@@ -15,7 +15,13 @@ from pissa_core.errors import NonFiniteWeight, RankTooLarge, UnsupportedDtype
 from pissa_core.footprint import working_bytes as working_bytes
 from pissa_core.spec import SvdConfig
 from pissa_core.svd import TruncatedSvd, truncated_svd
-from pissa_core.svd.operator import PANEL_BYTES, SAFE_NORMS, panel_width, scale_
+from pissa_core.svd.operator import (
+    GPU_PANEL_BYTES,
+    PANEL_BYTES,
+    SAFE_NORMS,
+    panel_width,
+    scale_,
+)
 from pissa_core.svd.products import times_transposed
 
 
@@ -211,7 +217,8 @@ class _Residuals:
 def _row_panels(M: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (start, stop, P): the rows of M as float32, in memory of their own."""
     rows, width = M.shape
-    step = panel_width(rows, PANEL_BYTES // (4 * width)) if M.device.type == "cpu" else rows
+    nbytes = PANEL_BYTES if M.device.type == "cpu" else GPU_PANEL_BYTES
+    step = panel_width(rows, nbytes // (4 * width))
     buffer = torch.empty(min(step, rows), width, dtype=torch.float32, device=M.device)
     for start in range(0, rows, step):
         stop = min(rows, start + step)

@@ -23,7 +23,7 @@ def course_of(
     source = open_source(LocalRef(str(model)))
     digest = staging_digest(source, accepted, str(output))
     sink = open_sink(LocalRef(str(output)), digest=digest)
-    return engine.convert(source, sink, accepted, Runtime(device="cpu", **runtime))
+    return engine.convert(source, sink, accepted, Runtime(**{"device": "cpu", **runtime}))
 
 
 def convert_to(

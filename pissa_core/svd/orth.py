@@ -73,11 +73,13 @@ def _cholesky_round(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor, fl
     Q = Y / lengths[:, None]
     factor, info = torch.linalg.cholesky_ex(times_transposed(Q, Q).double())
     pivots = factor.diagonal()
-    if int(info) or float(pivots.min()) < _STEEP:
+    # One answer from the device for three questions.
+    told = torch.stack([info.double(), pivots.min(), (pivots * lengths).min()])
+    failed, steepest, kept = told.tolist()
+    if failed or steepest < _STEEP:
         return *_householder(Y, generator), 0.0
     identity = torch.eye(len(Y), dtype=torch.float64, device=Y.device)
     inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
-    kept = float((pivots * lengths).min())
     return times(inverse.float(), Q), lengths.double()[:, None] * factor, kept
 
 

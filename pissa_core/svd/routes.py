@@ -63,5 +63,7 @@ class Products:
         return max(0.0, (4 * D * d * b - 2 * d * d * b) * narrow)
 
     def _pays(self, b: int) -> bool:
+        if self.operator.tensor_cores:
+            return True  # ten times the speed of float32: cheaper than two steps
         cost = self.operator.long * self.operator.short**2 * 1.1
         return EXPECTED_STEPS * self._saved(b) >= cost or self.spent >= cost

@@ -139,7 +139,7 @@ def _auto(
         return _by_gram(operator, norm, rank)  # out of patience; has not been seen to happen
     method = "krylov" if products.gram is None else "gram-krylov"
     products.gram = None
-    return _lifted(operator, norm, found.vectors, method, _optimum(found, rank))
+    return _lifted(operator, norm, found.vectors, method, _optimum(found, rank), found.missed)
 
 
 def _by_gram(operator: Operator, norm: float, rank: int) -> TruncatedSvd:
@@ -151,12 +151,13 @@ def _by_gram(operator: Operator, norm: float, rank: int) -> TruncatedSvd:
 
 
 def _lifted(
-    operator: Operator, norm: float, V: Tensor, method: str, optimum: float
+    operator: Operator, norm: float, V: Tensor, method: str, optimum: float, missed: float = 0.0
 ) -> TruncatedSvd:
     """Turn rows V (r, d) of the short side, orthonormal to 1e-5, into triplets of W.
 
     V M^T = L Q with Q orthonormal and L = u s w^T, so M (u^T V)^T = (w^T Q)^T diag(s): the
-    captured energy ||M V^T||_F^2 is the sum of S^2, to rounding.
+    captured energy ||M V^T||_F^2 is the sum of S^2, to rounding. It may come out above what a
+    Gram matrix said, whose sums are rounded, too; what is `missed` is missed of that, then.
     """
     generator = torch.Generator().manual_seed(0)  # asked only where rows of M V^T are zero
     V, _ = orthonormal_rows(V, generator)
@@ -165,6 +166,7 @@ def _lifted(
     short, long = torch.mm(u.t().float(), V), torch.mm(wt.float(), Q)
     U, Vt = (long.t(), short) if operator.tall else (short.t(), long)
     side = "right" if operator.tall else "left"
+    optimum = max(optimum, _energy(s) / (1 - missed))
     return _rescaled(operator, U, s.float(), Vt, method, norm, optimum, side)
 
 
