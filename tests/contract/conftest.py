@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from hub.state import Hub
 from places import CONTENTS, HubPlace, LocalPlace, MemoryPlace, Place
 
 from pissa_core.adapters.local import LocalSource
@@ -62,3 +63,26 @@ def _place_on_the_hub(request: pytest.FixtureRequest) -> Place:
     hub, open_sink = request.getfixturevalue("hub"), request.getfixturevalue("open_hub_sink")
     token = hub.create_token("somebody")
     return HubPlace(hub, lambda digest: open_sink("somebody/out", token, digest))
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Imported here: it takes seconds, and few files need it.
+    import tinymodels
+
+    folder = tinymodels.save_model(
+        "llama",
+        tmp_path_factory.mktemp("models") / "model",
+        dtype="bf16",
+        max_shard_size=tinymodels.SHARDED,
+    )
+    (folder / "tokenizer.json").write_text('{"left": "as it was"}')
+    (folder / "notes.pt2").write_bytes(bytes(range(256)) * 8)
+    return folder
+
+
+@pytest.fixture
+def somebodys_token(hub: Hub, llama_folder: Path) -> str:
+    """A token of the user whose repos are written to; someone/llama is there to be read."""
+    hub.create_repo("someone/llama", llama_folder)
+    return hub.create_token("somebody")

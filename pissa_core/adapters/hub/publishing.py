@@ -19,14 +19,8 @@ from pissa_core.adapters.hub.changes import Change, Operation, described
 from pissa_core.adapters.hub.client import HubFile, Pinned
 from pissa_core.adapters.hub.source import HubSource
 from pissa_core.adapters.hub.staging import Staging
-from pissa_core.adapters.hub.writer import (
-    DEFAULT_BRANCH,
-    CannotCopy,
-    HubWriter,
-    Moved,
-    Outgoing,
-    is_sent,
-)
+from pissa_core.adapters.hub.uploading import Outgoing, is_sent
+from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, CannotCopy, HubWriter, Moved
 from pissa_core.errors import Cancelled, OutputExists
 from pissa_core.ports import FileInfo, Publication
 

@@ -29,8 +29,9 @@ from huggingface_hub import CommitOperationCopy
 from pissa_core.adapters.hub.changes import Change, Operation, described, same
 from pissa_core.adapters.hub.client import HubFile, Pinned
 from pissa_core.adapters.hub.source import HubSource
+from pissa_core.adapters.hub.uploading import Outgoing
 from pissa_core.adapters.hub.waiting import Pause, pause
-from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, CannotCopy, HubWriter, Moved, Outgoing
+from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, CannotCopy, HubWriter, Moved
 from pissa_core.adapters.local.scratch import slug
 from pissa_core.errors import Cancelled, RateLimited
 from pissa_core.ports import Seal

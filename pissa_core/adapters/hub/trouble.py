@@ -96,6 +96,15 @@ class Subject:
             hint="run again to convert the repo as it is now",
         )
 
+    def not_allowed(self, says: str = "") -> NoWriteAccess:
+        """Say that the repo may not be written."""
+        who = "with this token" if self.with_token else "without a token"
+        return NoWriteAccess(
+            f"the Hub forbids writing to {self.repo_id} {who}{says}",
+            hint=f"make a token that may write to it at {self.site}/settings/tokens and give it as "
+            "HF_TOKEN, or as X-Hub-Token for a job",
+        )
+
     def _from_answer(self, error: HfHubHTTPError) -> Trouble:
         response = error.response
         code, status = response.headers.get("X-Error-Code"), response.status_code
@@ -140,12 +149,7 @@ class Subject:
             )
         if status == 401 and self.with_token:
             return self._token_invalid()
-        who = "with this token" if self.with_token else "without a token"
-        return NoWriteAccess(
-            f"the Hub forbids writing to {self.repo_id} {who}{says}",
-            hint=f"make a token that may write to it at {self.site}/settings/tokens and give it as "
-            "HF_TOKEN, or as X-Hub-Token for a job",
-        )
+        return self.not_allowed(says)
 
     def _not_there(self, code: str) -> AccessError:
         if self.pinned or code == "EntryNotFound":

@@ -20,22 +20,24 @@ class Patience:
         give_up_s: seconds without progress after which the error is raised.
         longest_pause_s: seconds of pauses that the Hub may ask for (429, Retry-After) besides.
         first_wait_s, longest_wait_s: bounds of the doubling wait between tries.
+        tries: further tries that are granted however long the ones before them took.
     """
 
     give_up_s: float
     longest_pause_s: float
     first_wait_s: float = 1.0
     longest_wait_s: float = 15.0
+    tries: int = 0
 
 
 OPENING = Patience(give_up_s=12, longest_pause_s=12)
 """For the first calls: somebody is waiting, and a plan must answer within 30 s."""
 
-TRANSFER = Patience(give_up_s=120, longest_pause_s=330)
+TRANSFER = Patience(give_up_s=120, longest_pause_s=330, tries=2)
 """For data: the Hub's rate limits are counted over 300 s, so the next window is waited for."""
 
 
-COMMIT = Patience(give_up_s=300, longest_pause_s=3900)
+COMMIT = Patience(give_up_s=300, longest_pause_s=3900, tries=2)
 """For commits: the Hub counts them over an hour, and they are the last step of long work."""
 
 
@@ -94,7 +96,8 @@ class Waiting:
             self._paused_s += pause_s
             return pause_s if self._paused_s <= self.patience.longest_pause_s else None
         waited_s = time.monotonic() - self._since - self._paused_s
-        return wait_s if waited_s + wait_s <= self.patience.give_up_s else None
+        granted = self._tries < self.patience.tries
+        return wait_s if granted or waited_s + wait_s <= self.patience.give_up_s else None
 
 
 def pause(wanted: Pause, notice: Notice | None) -> None:

@@ -7,14 +7,11 @@ hold before anything else is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import (
     BadRequestError,
@@ -26,6 +23,12 @@ from huggingface_hub.errors import (
 from pissa_core.adapters.hub.changes import Change
 from pissa_core.adapters.hub.client import HubClient, Pinned
 from pissa_core.adapters.hub.trouble import TROUBLES, Subject
+from pissa_core.adapters.hub.uploading import (
+    Outgoing,
+    addition_of,
+    plain_errors,
+    status_of,
+)
 from pissa_core.adapters.hub.waiting import COMMIT, TRANSFER, Patience, Trouble, Waiting
 from pissa_core.errors import NoWriteAccess, PissaError, RepoNotFound, RevisionNotFound
 
@@ -40,15 +43,6 @@ class Moved(Exception):
 
 class CannotCopy(Exception):
     """The Hub does not copy this file from the other repo; it must be downloaded and sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outgoing:
-    """A file to be sent: its path in the repo, its content, its checksum where it is known."""
-
-    path: str
-    content: Path | bytes
-    sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +102,8 @@ class HubWriter:
             NoWriteAccess, TokenInvalid.
         """
         subject = self._writing()
+        if not subject.with_token:  # the client does not even ask
+            raise subject.not_allowed()
         who = self.client.call(self.client.api.whoami, subject)
         owner = self.repo_id.partition("/")[0]
         if not may_create(who, owner):
@@ -160,10 +156,10 @@ class HubWriter:
         What the Hub has already is not sent again. A large file's local copy may go once this
         returns (`is_sent`); a small one is sent by the commit itself.
         """
-        additions = [_addition(file) for file in files]
+        additions = [addition_of(file) for file in files]
 
         def send() -> None:
-            with self._plain_errors():
+            with plain_errors(self.repo_id):
                 # Nothing is ignored, whatever a .gitignore among the model's files says; and one
                 # at a time, since what is sent at once shares one line anyway.
                 self.client.api.preupload_lfs_files(
@@ -200,7 +196,7 @@ class HubWriter:
     def _translate(self, error: Exception) -> Trouble:
         trouble = self._writing().translate(error)
         trouble.error.__cause__ = error
-        if _status_of(error) == _STALE_PARENT:
+        if status_of(error) == _STALE_PARENT:
             return replace(trouble, passing=True)
         return trouble
 
@@ -248,25 +244,6 @@ class HubWriter:
             )
         return self._writing().unavailable("did not answer as a Hub does", passing=False).error
 
-    @contextmanager
-    def _plain_errors(self) -> Iterator[None]:
-        """Raise what stopped an upload: the client, and the Xet protocol's, wrap it."""
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error.__cause__, TROUBLES):
-                raise error.__cause__ from error
-            raise httpx2.NetworkError(_first_line(error)) from error
-        except (ConnectionError, TimeoutError) as error:
-            raise httpx2.NetworkError(_first_line(error)) from error
-        except PermissionError as error:
-            if not type(error).__name__.startswith("Xet"):
-                raise
-            raise NoWriteAccess(
-                f"the Hub's storage forbids writing to {self.repo_id} ({_first_line(error)})",
-                hint="the token may have ended meanwhile: run the same again with a new one",
-            ) from error
-
     def _change(self, work: Callable[[], object], patience: Patience | None = None) -> None:
         self.client.call(work, self._writing(), patience)
 
@@ -298,29 +275,7 @@ def _is(entity: Mapping[str, Any], name: str) -> bool:
     return str(entity.get("name", "")).lower() == name.lower()
 
 
-def is_sent(addition: CommitOperationAdd) -> bool:
-    """Whether a file's bytes are on the Hub, so that the local ones are of no more use."""
-    return addition.path_or_fileobj == b"" and addition.upload_info.size > 0
-
-
-def _addition(file: Outgoing) -> CommitOperationAdd:
-    content = str(file.content) if isinstance(file.content, Path) else file.content
-    addition = CommitOperationAdd(file.path, content)
-    if file.sha256 is not None:  # saves a pass over the file
-        addition.upload_info.sha256 = bytes.fromhex(file.sha256)
-    return addition
-
-
 def _is_about_copying(error: HfHubHTTPError) -> bool:
-    status = _status_of(error)
+    status = status_of(error)
     refused = status is not None and 400 <= status < 500 and status not in (401, 408, 429)
     return refused and str(error.response.url).endswith("/lfs-files/duplicate")
-
-
-def _status_of(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else int(response.status_code)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200] or type(error).__name__
