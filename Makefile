@@ -6,8 +6,9 @@ PYTHON := $(shell for name in python3 python3.14 python3.13 python3.12 python3.1
 endif
 # An index of other torch builds, e.g. https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-# A repo id or a folder for `make demo`
+# A repo id or a folder for `make demo`; HUB=1 goes from Hub to Hub, on a Hub of our own
 MODEL ?=
+HUB ?=
 PYTEST_ARGS ?=
 # Of make test-chaos: how many rounds, and the seed of the first (replays a round that failed).
 ROUNDS ?=
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 
 help:
 	@echo "make setup         .venv with the exact versions of constraints.txt (TORCH_INDEX=URL for other torch builds)"
-	@echo "make demo          convert a real model over REST and compare it with the original (MODEL=repo or folder)"
+	@echo "make demo          convert a real model over REST and compare it with the original (MODEL=repo or folder, HUB=1)"
 	@echo "make test          the tests; test-slow and test-browser have the rest"
 	@echo "make test-chaos    kill the service's processes, again and again (ROUNDS=20 SEED=1)"
 	@echo "make check         ruff and mypy; make format puts right what can be"
@@ -45,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m app.demo $(if $(MODEL),"$(MODEL)")
+	$(BIN)/python -m app.demo$(if $(HUB),_hub) $(if $(MODEL),"$(MODEL)")
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not browser and not chaos" $(PARALLEL) $(PYTEST_ARGS)
@@ -81,5 +82,5 @@ audit: setup
 	.venv/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
 clean:
-	rm -rf .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .demo .demo-hub build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -6,9 +6,7 @@ Imports torch, transformers and PEFT; no part of the service does so through thi
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,26 +26,31 @@ class Comparison:
     without_adapter: float
 
 
-def compare_outputs(original: str, revision: str | None, converted: Path) -> Comparison:
+def compare_outputs(
+    original: str, revision: str | None, converted: str, converted_revision: str | None = None
+) -> Comparison:
     """Run the original and then the converted pair on the same random input.
 
     Args:
         original: repo id or folder of the original model.
         revision: the commit that was converted.
-        converted: folder with the residual model, the adapter in its `pissa_init/`.
+        converted: repo id or folder of the residual model, the adapter in its `pissa_init/`.
+        converted_revision: the commit that was published.
     """
     transformers.utils.logging.disable_progress_bar()
-    config = json.loads((converted / "config.json").read_text())
-    model_class = getattr(transformers, config["architectures"][0])
+    config = transformers.AutoConfig.from_pretrained(converted, revision=converted_revision)
+    model_class = getattr(transformers, config.architectures[0])
     base = _load(model_class, original, revision=revision)
     inputs = random_inputs(base)
     wanted = _first_output(base, inputs)
     del base
     gc.collect()
 
-    residual = _load(model_class, str(converted))
+    residual = _load(model_class, converted, revision=converted_revision)
     alone = _first_output(residual, inputs)
-    pair = PeftModel.from_pretrained(residual, str(converted), subfolder="pissa_init")
+    pair = PeftModel.from_pretrained(
+        residual, converted, subfolder="pissa_init", revision=converted_revision
+    )
     found = _first_output(pair.eval(), inputs)
     return Comparison(
         outputs=tuple(wanted.shape),

@@ -1,12 +1,12 @@
 """`make demo`: convert a real model over REST, load it with stock PEFT, compare the outputs.
 
-Starts the whole service on a free port with its data in `.demo/`, and stops it again.
+Starts the whole service on a free port with its data in `.demo/`, and stops it again. The result
+stays there, or goes to a repo on the Hub (`--output`, `make demo HUB=1`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -22,11 +22,13 @@ from typing import Any, NoReturn
 
 import click
 import httpx2
+from huggingface_hub import get_token
 from huggingface_hub.constants import ENDPOINT
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.minilm import fetch_minilm
+from pissa_core.refs import HubRef, parse_ref
 from worker.places import ID_FILE
 
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"
@@ -47,16 +49,17 @@ class DemoError(Exception):
 @click.command()
 @click.argument("model", required=False)
 @click.option("--rank", default=16, show_default=True, help="rank of the adapter")
-def main(model: str | None, rank: int) -> None:
+@click.option("--output", help="publish to hf://org/name, with the token of HF_TOKEN or a login")
+def main(model: str | None, rank: int, output: str | None) -> None:
     """Convert MODEL (a repo id or a folder) and compare it with the original."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     chosen = model or choose_model()
     folder = Path(chosen).expanduser().resolve() if is_folder(chosen) else None
     try:
         root = folder.parent if folder else None
         with unmarked(root), served(_FOLDER, local_root=root) as api:
-            job = convert(api, str(folder or chosen), rank)
-            report(job, str(folder or chosen))
+            job = convert(api, str(folder or chosen), rank, output)
+            report(api, job, str(folder or chosen))
     except DemoError as error:
         raise click.ClickException(str(error)) from error
 
@@ -146,11 +149,13 @@ def wait_until_ready(api: httpx2.Client, process: subprocess.Popen[bytes], log: 
     raise DemoError(f"the service was not ready after {_START_PATIENCE_S:.0f} s:\n{_tail(log)}")
 
 
-def convert(api: httpx2.Client, model: str, rank: int) -> dict[str, Any]:
+def convert(api: httpx2.Client, model: str, rank: int, output: str | None = None) -> dict[str, Any]:
     """Submit the job by HTTP POST and follow it to its end; return the finished job."""
-    body = {"kind": "base-to-pissa", "model": model, "pissa": {"rank": rank}}
+    body: dict[str, Any] = {"kind": "base-to-pissa", "model": model, "pissa": {"rank": rank}}
+    token = get_token() if output else None
+    body |= {"output": output} if output else {}
     console.print(f"POST /v1/jobs {body}")
-    answer = api.post("/v1/jobs", json=body)
+    answer = api.post("/v1/jobs", json=body, headers={"X-Hub-Token": token} if token else None)
     if answer.status_code != 202:
         raise DemoError(f"the service answered {answer.status_code}: {answer.text}")
     job: dict[str, Any] = answer.json()
@@ -182,18 +187,18 @@ def convert(api: httpx2.Client, model: str, rank: int) -> dict[str, Any]:
     return job
 
 
-def report(job: dict[str, Any], model: str) -> None:
+def report(api: httpx2.Client, job: dict[str, Any], model: str) -> None:
     """Load original and result, compare their outputs, and print what was found."""
     from app.compare import compare_outputs  # torch, transformers and PEFT: seconds, only here
 
     result = job["result"]
-    output = (_FOLDER / "data" / "files" / job["id"]).resolve()
-    commit = result_commit(output)
+    output, published = place(job)
+    manifest = api.get(result["manifest"]).raise_for_status().json()
     console.print("Loading original and result with transformers and PEFT …")
     with warnings.catch_warnings():
         # Deprecations between transformers and PEFT are no news for who watches a demo.
         warnings.simplefilter("ignore", FutureWarning)
-        found = compare_outputs(model, commit, output)
+        found = compare_outputs(model, manifest["source"]["commit"], output, published)
     relative = found.largest_difference / found.largest_output
     console.print()
     console.print(f"Largest difference of the outputs   {found.largest_difference:.2e}")
@@ -206,14 +211,18 @@ def report(job: dict[str, Any], model: str) -> None:
     console.print(f"Time of the job                     {result['seconds']:.1f} s")
     console.print(f"Peak memory of the worker           {result['peak_memory_bytes'] / 1e6:.0f} MB")
     console.print("The result lies in")
-    console.print(f"  {output}")
+    console.print(f"  {result['output'] or output}")
 
 
-def result_commit(output: Path) -> str | None:
-    """Return the commit that was converted, as the manifest names it."""
-    manifest = json.loads((output / "pissa_manifest.json").read_text())
-    commit: str | None = manifest["source"]["commit"]
-    return commit
+def place(job: dict[str, Any]) -> tuple[str, str | None]:
+    """Return where the result lies: a folder, or a repo and the commit that was published."""
+    output: str | None = job["result"]["output"]
+    if output is None:
+        return str((_FOLDER / "data" / "files" / job["id"]).resolve()), None
+    ref = parse_ref(output)
+    if isinstance(ref, HubRef):
+        return ref.repo_id, ref.revision
+    return output, None
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -227,7 +236,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    """Take a signal for Ctrl-C, so that what was started is ended."""
     raise KeyboardInterrupt
 
 

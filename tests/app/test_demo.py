@@ -90,7 +90,7 @@ def test_the_comparison_sees_a_right_pair_and_a_wrong_one(tmp_path):
     pair.peft_config["default"].init_lora_weights = True
     pair.save_pretrained(tmp_path / "out" / "pissa_init")
     pair.unload().save_pretrained(tmp_path / "out")
-    found = compare_outputs(str(tmp_path / "original"), None, tmp_path / "out")
+    found = compare_outputs(str(tmp_path / "original"), None, str(tmp_path / "out"))
     assert found.outputs == (1, 32, 64)
     assert found.largest_difference < 1e-5 * found.largest_output
     assert found.without_adapter > 100 * found.largest_difference
@@ -99,7 +99,7 @@ def test_the_comparison_sees_a_right_pair_and_a_wrong_one(tmp_path):
     model = LlamaForCausalLM(TINY_LLAMA)
     model.save_pretrained(tmp_path / "original")
     assert (
-        compare_outputs(str(tmp_path / "original"), None, tmp_path / "out").largest_difference
+        compare_outputs(str(tmp_path / "original"), None, str(tmp_path / "out")).largest_difference
         > 1e-2 * found.largest_output
     )
 
@@ -127,7 +127,7 @@ def test_folders_and_repo_ids_are_told_apart(tmp_path, monkeypatch):
     assert demo.is_folder("org/name")
 
 
-def start_demo(folder, *arguments, endpoint=CLOSED):
+def start_demo(folder, *arguments, endpoint=CLOSED, module="app.demo"):
     # Where nobody listens, the Hub's answer is known, and immediate.
     environment = os.environ | {
         "HF_ENDPOINT": endpoint,
@@ -136,7 +136,7 @@ def start_demo(folder, *arguments, endpoint=CLOSED):
         "COLUMNS": "100",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "app.demo", *arguments],
+        [sys.executable, "-m", module, *arguments],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -156,6 +156,30 @@ def assert_all_gone(processes):
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
 
 
+def still_running(folder):
+    """Find processes that name the folder: the service's own do, by data folder or socket."""
+    return [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(folder) in " ".join(p.info["cmdline"] or [])
+    ]
+
+
+def assert_ends_cleanly(process, folder, processes):
+    """Interrupt a demo once it runs so many processes; all must go."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not list(folder.glob(".demo/serve.log")):
+        time.sleep(0.1)
+    while len(everything_below(process)) < processes and time.monotonic() < until:
+        time.sleep(0.1)
+    started = everything_below(process)
+    assert len(started) >= processes
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, text
+    assert_all_gone(started)
+
+
 def test_the_demo_shows_a_real_model_converted_and_right(tmp_path):
     process = start_demo(tmp_path)
     text, _ = process.communicate(timeout=300)
@@ -170,13 +194,7 @@ def test_the_demo_shows_a_real_model_converted_and_right(tmp_path):
     manifest = json.loads((output / "pissa_manifest.json").read_text())
     assert len(manifest["matrices"]) == 37
     assert not [path for path in manifest["files"] if "storage" in path]
-    # The service's own processes name the data folder, or the store's socket below it.
-    left = [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if str(tmp_path) in " ".join(p.info["cmdline"] or [])
-    ]
-    assert left == []
+    assert still_running(tmp_path) == []
 
 
 def test_the_demo_takes_a_model_from_the_hub_when_it_answers(tmp_path, hub):
@@ -191,19 +209,36 @@ def test_the_demo_takes_a_model_from_the_hub_when_it_answers(tmp_path, hub):
     assert manifest["source"]["ref"] == f"hf://{demo.HUB_MODEL}@{manifest['source']['commit']}"
 
 
-def test_an_interrupted_demo_leaves_nothing_running(tmp_path):
-    process = start_demo(tmp_path)
-    until = time.monotonic() + 60
-    while time.monotonic() < until and not list(tmp_path.glob(".demo/serve.log")):
-        time.sleep(0.1)
-    while len(everything_below(process)) < 3 and time.monotonic() < until:
-        time.sleep(0.1)
-    started = everything_below(process)
-    assert len(started) >= 3
-    process.send_signal(signal.SIGTERM)
+def test_the_demo_goes_from_hub_to_hub(tmp_path):
+    LlamaForCausalLM(TINY_LLAMA).save_pretrained(tmp_path / "tiny")
+    process = start_demo(tmp_path, "./tiny", "--rank", "4", module="app.demo_hub")
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    assert "serves" in text
+    assert "The result lies in\n  hf://demo/tiny-pissa-r4@" in text
+    difference = next(line for line in text.splitlines() if line.startswith("Largest difference"))
+    assert float(difference.split()[-1]) < 1e-4
+    assert "\nCommits on pissa-staging-" in text
+    assert "\nCommits on main: 1\n" in text
+    assert still_running(tmp_path) == []
+
+
+def test_the_hub_demo_serves_folders_only(tmp_path):
+    process = start_demo(tmp_path, "org/name", module="app.demo_hub")
     text, _ = process.communicate(timeout=60)
-    assert process.returncode != 0, text
-    assert_all_gone(started)
+    assert process.returncode == 1
+    assert "org/name is no folder" in text
+
+
+def test_an_interrupted_hub_demo_leaves_nothing_running(tmp_path):
+    LlamaForCausalLM(TINY_LLAMA).save_pretrained(tmp_path / "tiny")
+    process = start_demo(tmp_path, "./tiny", module="app.demo_hub")
+    assert_ends_cleanly(process, tmp_path, processes=4)
+    assert still_running(tmp_path) == []
+
+
+def test_an_interrupted_demo_leaves_nothing_running(tmp_path):
+    assert_ends_cleanly(start_demo(tmp_path), tmp_path, processes=3)
 
 
 def test_a_demo_of_something_that_is_no_model_says_so(tmp_path):
