@@ -117,6 +117,7 @@ class PlanAnswer(BaseModel):
     bytes: PlanBytes
     peak_memory_bytes: int
     peak_disk_bytes: int
+    peak_device_memory_bytes: int
     trainable_parameters: int
 
 
@@ -290,6 +291,7 @@ PLAN_EXAMPLE: dict[str, Any] = {
     "bytes": {"read": 2200000000, "written": 2225231360, "adapter": 25231360},
     "peak_memory_bytes": 900000000,
     "peak_disk_bytes": 4425231360,
+    "peak_device_memory_bytes": 420000000,
     "trainable_parameters": 6307840,
 }
 READY_EXAMPLE: dict[str, Any] = {

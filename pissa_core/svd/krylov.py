@@ -43,14 +43,12 @@ class Ritz:
     Attributes:
         values: (k,) float64, descending, of the whole last basis.
         vectors: (rank, d) float32, orthonormal rows.
-        residuals: (k,) float64, |G v_i - theta_i v_i|.
         missed: `could_be_missing` of these, and of the step before where members may hide.
         steps: products with the operator that were taken.
     """
 
     values: Tensor
     vectors: Tensor
-    residuals: Tensor
     missed: float
     steps: int
 
@@ -97,8 +95,8 @@ def leading_eigenpairs(
         full = k + b > shape.capacity
         if step >= shape.max_steps or full or step >= solve_at:
             values, S = solve_small(T[:k, :k], rank)
-            residuals = torch.linalg.vector_norm(B.t() @ S[k - b :].double(), dim=0)
-            missed = latest = could_be_missing(values, residuals, rank, b)
+            couplings = B.t() @ S[k - b :].double()
+            missed = latest = could_be_missing(values, couplings, rank, b)
             confirmed = True
             if may_hide_members(values, rank, b):
                 confirmed = solved_at == step - 1
@@ -106,7 +104,7 @@ def leading_eigenpairs(
             enough = missed <= tolerance and confirmed and step >= LEAST_STEPS
             if enough or step >= shape.max_steps:
                 vectors = torch.mm(S[:, :rank].t().float(), K[:k])
-                return Ritz(values, vectors, residuals, missed, step)
+                return Ritz(values, vectors, missed, step)
             before, solved_at = latest, step
             solve_at = step + _steps_until(latest, tolerance, k)
             if full:

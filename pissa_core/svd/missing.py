@@ -7,19 +7,23 @@ from torch import Tensor
 
 RESOLUTION = 4e-6  # share of the energy below which float32 sums of squares say nothing
 _SAFETY = 3.0
+_TINY = torch.finfo(torch.float64).tiny
 _ROUNDING = 8 * torch.finfo(torch.float32).eps  # of G v, relative to the largest eigenvalue
 
 
-def could_be_missing(values: Tensor, residuals: Tensor, rank: int, block: int) -> float:
+def could_be_missing(values: Tensor, couplings: Tensor, rank: int, block: int) -> float:
     """Estimate from above the share of the optimal energy that r Ritz pairs miss.
 
     Let G v_i = theta_i v_i + r_i on an orthonormal basis. If G has no eigenvalue above delta
     outside the h leading Ritz vectors, then G <= [[Theta_h, L], [L^T, delta I]] with columns of L
-    of length rho_i = |r_i|, and to second order the eigenvalues of that are
-    theta_i + rho_i^2 / (theta_i - delta), or at most theta_i + rho_i where delta comes near. The
-    r largest of these are what could be reached; they need not be the first r.
+    of length rho_i = |r_i|, and to second order the eigenvalues of that are those of
+    Theta + C^T C, where the columns of C are those of L with the squared lengths
+    rho_i^2 / (theta_i - delta), or rho_i where delta comes near. The r largest of them are what
+    could be reached; they need not come from the first r, and pairs that lie close together are
+    mixed by C^T C, which their lengths alone do not tell.
 
-    Shapes   values (k,) descending, residuals (k,); rank < block <= k.
+    Shapes   values (k,) descending; couplings (b, k), r_i in an orthonormal basis of the space
+             they lie in; rank < block <= k.
     Error    **an estimate, not a bound**, since delta is not known. It is taken as
              theta_h + rho_h with h = block, and what could be gained is trebled. Why h = block:
              a Krylov space shows of an eigenvalue repeated M times min(M, block) copies. A
@@ -30,9 +34,10 @@ def could_be_missing(values: Tensor, residuals: Tensor, rank: int, block: int) -
              direction: the squared share of one in it falls below a hundredth of its mean with
              probability < 1e-10 for a block of 16, < 1e-5 for 9 (chi-square).
              Residuals within float32 rounding of theta_1 count as none; RESOLUTION covers them.
-             Where `may_hide_members`, the larger of two steps' estimates counts. An
-             earlier form without this was false twice in 5000 random spectra rich in clusters;
-             otherwise it is 7 times above the truth in the median, 40 times in a flat bulk.
+             Where `may_hide_members`, the larger of two steps' estimates counts.
+             An earlier form, without that and without the mixing, was false three times in 7000
+             random spectra rich in clusters, by at most a third. Otherwise it is 7 times above
+             the truth in the median, 40 times in a flat bulk.
     Source   the bordered form: Golub, Meurant 2010, "Matrices, Moments and Quadrature with
              Applications", ch. 6 (Gauss-Radau); expansion: Parlett 1998, "The Symmetric
              Eigenvalue Problem", sec. 11.7; the start: Kuczynski, Wozniakowski 1992,
@@ -42,11 +47,15 @@ def could_be_missing(values: Tensor, residuals: Tensor, rank: int, block: int) -
     if total == 0.0:
         return 0.0
     head = min(block, len(values)) - 1
-    delta = values[head] + residuals[head]
+    L = couplings[:, : head + 1]
+    lengths = torch.linalg.vector_norm(L, dim=0)
+    delta = values[head] + lengths[head]
     noise = _ROUNDING * values[0]
-    rho = (residuals[:head].square() - noise * noise).clamp(min=0).sqrt()
-    raised = values[:head] + gains(values[:head], rho, delta)
-    reach = float(raised.topk(rank).values.clamp(min=0).sum())
+    rho = (lengths[:head].square() - noise * noise).clamp(min=0).sqrt()
+    gained = gains(values[:head], rho, delta)
+    C = L[:, :head] * (gained.sqrt() / lengths[:head].clamp(min=_TINY))
+    reached = torch.linalg.eigvalsh(torch.diag(values[:head]).addmm_(C.t(), C))
+    reach = float(reached[-rank:].clamp(min=0).sum())
     share = _SAFETY * (reach - total) / total
     return share / (1 + share)
 
@@ -70,5 +79,5 @@ def may_hide_members(values: Tensor, rank: int, block: int) -> bool:
 def gains(values: Tensor, residuals: Tensor, delta: Tensor) -> Tensor:
     """Return for each pair what its residual could add: min(rho^2 / (theta - delta), rho)."""
     gap = values - delta
-    quadratic = residuals * residuals / gap.clamp(min=torch.finfo(torch.float64).tiny)
+    quadratic = residuals * residuals / gap.clamp(min=_TINY)
     return torch.where(gap > residuals, quadratic, residuals)
