@@ -192,10 +192,10 @@ class LoraOptions(_Frozen):
         "that read only r and lora_alpha",
     )
 
-    @property
-    def exact(self) -> bool:
-        """Whether every bit of the update is kept."""
-        return self.rank is None and self.tolerance is None
+    def compresses(self, widest: int) -> bool:
+        """Whether something is left out of updates whose ranks are at most `widest`."""
+        smaller = self.rank is not None and self.rank < widest
+        return smaller or self.tolerance is not None
 
 
 def parse_config(data: Mapping[str, Any]) -> PissaConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pissa_core.adapters import open_sink, open_source, request_digest
 from pissa_core.events import Published
 from pissa_core.lora.conversion import convert_adapter
+from pissa_core.lora.patterns import value_for
 from pissa_core.lora.planning import check_lora_plan, make_lora_plan, open_adapters
 from pissa_core.refs import LocalRef
 from pissa_core.runtime import Runtime
@@ -93,7 +94,7 @@ def made_adapter(
     tensors = {}
     for module, (m, n) in shapes.items():
         key = f"base_model.model.{module}"
-        r = saved["rank_pattern"].get(module, rank)
+        r = value_for(module, saved["rank_pattern"], rank)
         tensors[f"{key}.lora_A.weight"] = torch.randn(r, n, generator=random).to(dtype)
         tensors[f"{key}.lora_B.weight"] = torch.randn(m, r, generator=random).to(dtype)
     folder.mkdir(parents=True)

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pissa_core.errors import AccessError, InvalidReference, OutsideLocalRoot, WrongBase
+from pissa_core.errors import (
+    AccessError,
+    HubUnavailable,
+    InvalidReference,
+    OutsideLocalRoot,
+    WrongBase,
+)
 from pissa_core.lora.adapter import CONFIG, read_config
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref
@@ -71,14 +77,16 @@ def find_initial(
 
 
 def find_place(ref: Ref | None, open_ref: Opener) -> Place | None:
-    """Open a model and read its manifest; None if there is nothing to be reached."""
+    """Open a model and read its manifest; None if there is nothing, or no Hub, to be reached."""
     if ref is None:
         return None
     try:
         source = open_ref(ref)
         return Place(ref, source, _manifest_of(source))
     except (AccessError, OutsideLocalRoot) as error:
-        if error.retryable:
+        # A machine without a way to the Hub can convert what it has; a Hub that asks to wait will
+        # answer.
+        if error.retryable and not isinstance(error, HubUnavailable):
             raise
         return None
 

@@ -53,8 +53,7 @@ def form_of(plan: LoraPlan) -> Form:
     """Say what the result of a plan looks like."""
     options = plan.options
     widest = max(update.exact_rank for update in plan.updates)
-    smaller = options.rank is not None and options.rank < widest
-    compressed = smaller or options.tolerance is not None
+    compressed = options.compresses(widest)
     unlike = len({update.trained.scaling for update in plan.updates}) > 1
     return Form(
         compressed=compressed,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_core.errors import AdaptersDoNotMatch, HeaderInvalid, WrongBase
-from pissa_core.lora.adapter import WEIGHTS, Adapter
+from pissa_core.lora.adapter import CONFIG, WEIGHTS, Adapter
 from pissa_core.lora.finding import INITIAL, MANIFEST, Opener, Place, base_of, find_place, parent_of
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref
@@ -55,17 +55,19 @@ def trace(
         WrongBase: if the trained adapter was trained on another model.
         AdaptersDoNotMatch: if the initial adapter is not the one its manifest lists.
     """
-    base = base_of(trained.config)
-    place = find_place(base, open_ref)
-    if place is not None and place.manifest is not None:
-        _check_trained_on(place, place.manifest, initial, source)
-        return _from_manifest(place, place.manifest)
     own = find_place(parent_of(ref), open_ref)
+    base = base_of(trained.config)
+    named_alike = trained.base is not None and trained.base == initial.base
+    if own is None or own.manifest is None or not named_alike:
+        place = find_place(base, open_ref)
+        if place is not None and place.manifest is not None:
+            _check_trained_on(place, place.manifest, initial, source)
+            return _from_manifest(place, place.manifest)
     _check_names(trained, initial, base, own)
     if own is not None and own.manifest is not None:
         _check_listed(own, own.manifest, initial, source)
         return _from_manifest(own, own.manifest)
-    return _from_names(initial, own)
+    return _from_names(initial, find_place(base_of(initial.config), open_ref))
 
 
 def _check_trained_on(
@@ -151,13 +153,18 @@ def _from_manifest(place: Place, manifest: Mapping[str, Any]) -> Lineage:
     return Lineage(name, commit, place.source.ref, (note,))
 
 
-def _from_names(initial: Adapter, own: Place | None) -> Lineage:
+def _from_names(initial: Adapter, place: Place | None) -> Lineage:
+    """Without a manifest, the initial adapter's base is the original only if it cannot be else.
+
+    PEFT's own way decomposes the model in memory, so the adapter names the original; a saved
+    residual has its initial adapter inside, or can no longer be looked at.
+    """
     unchecked = f"no {MANIFEST} was found, so the initial adapter is taken at its word"
-    named = base_of(initial.config)
-    if named is None or (own is not None and _same(named, own.ref)):
-        return Lineage(
-            None, None, None, (unchecked, "what the original base is, nothing here says")
-        )
+    decomposes = str(initial.config.get("init_lora_weights")).lower().startswith("pissa")
+    inside = place is not None and f"{INITIAL}/{CONFIG}" in place.source.files()
+    if initial.base is None or inside or not (decomposes or place is not None):
+        unknown = "what the original base is, nothing here says; the result names none"
+        return Lineage(None, None, None, (unchecked, unknown))
     revision = initial.config.get("revision")
     note = f"the original base is {initial.base}, as the initial adapter names it"
     return Lineage(initial.base, revision, None, (unchecked, note))

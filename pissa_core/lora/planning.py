@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pissa_core.errors import DiskTooSmall, InvalidConfig
-from pissa_core.lora.adapter import Adapter, read_adapter, read_config
+from pissa_core.errors import DiskTooSmall
+from pissa_core.lora.adapter import Adapter, Pair, read_adapter, read_config
 from pissa_core.lora.finding import Opener, find_initial
 from pissa_core.lora.layout import bound_entries
 from pissa_core.lora.lineage import trace
@@ -92,17 +92,13 @@ def check_lora_plan(plan: LoraPlan, found: Found, sink: CheckpointSink) -> None:
 def _updates(trained: Adapter, initial: Adapter, options: LoraOptions) -> tuple[Update, ...]:
     pairs = [(pair, initial.pairs[module]) for module, pair in trained.pairs.items()]
     widest = max(2 * pair.rank for pair, _ in pairs)
-    if options.rank is not None and options.rank > widest:
-        raise InvalidConfig(
-            f"lora.rank is {options.rank}; the update has rank {widest} at most, where nothing is "
-            "lost",
-            hint="leave rank out for the exact form",
-        )
-    return tuple(Update(pair, other, _bound(2 * pair.rank, options)) for pair, other in pairs)
+    most = (options.rank or widest) if options.compresses(widest) else None
+    return tuple(Update(pair, other, _bound(pair, most)) for pair, other in pairs)
 
 
-def _bound(exact: int, options: LoraOptions) -> int:
-    return exact if options.rank is None else min(options.rank, exact)
+def _bound(pair: Pair, most: int | None) -> int:
+    """Return the largest rank the result may have: 2r, or what an SVD to a rank can give."""
+    return 2 * pair.rank if most is None else min(most, 2 * pair.rank, *pair.shape)
 
 
 def _left_out_note(trained: Adapter) -> tuple[str, ...]:

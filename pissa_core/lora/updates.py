@@ -63,7 +63,7 @@ def convert_update(
         "shape": list(update.trained.shape),
     }
     if form.compressed:
-        factors, figures = _compressed(update, trained, initial, form, options, device)
+        factors, figures = _compressed(update, trained, initial, form, width, options, device)
     else:
         factors = stack(trained, initial)
         figures = {"lost": 0.0}
@@ -118,6 +118,7 @@ def _compressed(
     trained: Factors,
     initial: Factors,
     form: Form,
+    width: int,
     options: LoraOptions,
     device: torch.device,
 ) -> tuple[Factors, dict[str, Any]]:
@@ -131,7 +132,8 @@ def _compressed(
         tolerance=options.tolerance,
     )
     # ΔW = left · right = s' · (left / √s') · (right / √s'), with s' the scaling in the result.
-    root = form.scaling(update, len(found.sigma)) ** 0.5
+    rank = width if options.tolerance is None else len(found.sigma)
+    root = form.scaling(update, rank) ** 0.5
     figures = {"lost": found.lost, "sigma": found.sigma.tolist()}
     return Factors((found.left / root).cpu(), (found.right / root).cpu()), figures
 
