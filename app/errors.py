@@ -8,6 +8,7 @@
         ├── Forbidden            forbidden                403
         ├── NoSuchRoute          not_found                404
         ├── MethodNotAllowed     method_not_allowed       405
+        ├── RequestTimeout       request_timeout          408
         ├── PayloadTooLarge      payload_too_large        413
         ├── RangeNotSatisfiable  range_not_satisfiable    416
         └── TooManyRequests      too_many_requests        429
@@ -108,6 +109,13 @@ class MethodNotAllowed(HttpError):
 
     code = "method_not_allowed"
     status = HTTPStatus.METHOD_NOT_ALLOWED
+
+
+class RequestTimeout(HttpError):
+    """The body was announced and did not come."""
+
+    code = "request_timeout"
+    status = HTTPStatus.REQUEST_TIMEOUT
 
 
 class PayloadTooLarge(HttpError):

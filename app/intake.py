@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from app.errors import InvalidFields, PayloadTooLarge, looks_like_hub_token
+from app.errors import InvalidFields, PayloadTooLarge, RequestTimeout, looks_like_hub_token
 from pissa_core.errors import InvalidConfig, InvalidRequest, OutsideLocalRoot, PissaError
 from pissa_core.refs import LocalRef, Ref, parse_output, parse_ref, resolve_local
 from pissa_core.spec import place_of
@@ -22,6 +23,7 @@ from worker.contract import SOURCE_FIELDS, BaseToPissa, JobRequest
 from worker.settings import Settings
 
 MAX_BODY_BYTES = 1 << 20
+BODY_S = 30.0
 _LONGEST_ECHO = 80
 _Value = TypeVar("_Value")
 
@@ -65,15 +67,22 @@ async def read_body(request: Request) -> bytes:
 
     Raises:
         PayloadTooLarge: as soon as more than `MAX_BODY_BYTES` are announced or have come.
+        RequestTimeout: if it takes longer than `BODY_S`.
     """
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
         raise _too_large()
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise _too_large()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise _too_large()
+    except TimeoutError as error:
+        raise RequestTimeout(
+            f"the body did not come within {BODY_S:g} s", hint="send it without a pause"
+        ) from error
     return bytes(body)
 
 

@@ -70,6 +70,10 @@ class Limits:
         streams.add(events)
         return events
 
+    def let_go(self, owner: str, events: AsyncIterator[object]) -> None:
+        """Count `events` no more: nobody reads them, whatever still holds on to them."""
+        self._streams[owner].discard(events)
+
     def _count(self, limit: RateLimitItemPerMinute, what: str, who: str, hint: str | None) -> None:
         if self._limiter.hit(limit, what, who):
             return

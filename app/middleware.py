@@ -7,6 +7,7 @@ import re
 import time
 import uuid
 
+import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -25,6 +26,7 @@ SECURITY_HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
+_ROUTINE = frozenset({"/livez", "/readyz", "/metrics", "/web", "/swagger"})
 
 logger = logging.getLogger(__name__)
 
@@ -59,20 +61,29 @@ class Guard:
                     headers.setdefault(name, value)
             await send(message)
 
-        try:
-            await self.app(scope, receive, send_guarded)
-        except ClientDisconnect:
-            logger.info("the client left before its request %s was read", request_id)
-        except Exception:
-            if started:
-                raise  # Half an answer is out: only a broken connection says that it is half.
-            logger.exception("request %s failed", request_id)
-            await internal_problem(request_id)(scope, receive, send_guarded)
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self.app(scope, receive, send_guarded)
+            except ClientDisconnect:
+                logger.info("the client left before its request was read")
+            except Exception:
+                if started:
+                    raise  # Half an answer is out: only a broken connection says that it is half.
+                logger.exception("request %s failed", request_id)
+                await internal_problem(request_id)(scope, receive, send_guarded)
 
 
 def _note(scope: Scope, status: int, seconds: float) -> None:
     traffic: Traffic = scope["app"].state.traffic
-    traffic.count(scope["method"], route_of(scope), status, seconds)
+    method, route = scope["method"], route_of(scope)
+    traffic.count(method, route, status, seconds)
+    # Probes and scrapes come every few seconds and are news only when they fail.
+    routine = route in _ROUTINE and status < 400
+    logger.log(
+        logging.DEBUG if routine else logging.INFO,
+        "answered",
+        extra={"method": method, "route": route, "status": status, "ms": round(1000 * seconds, 1)},
+    )
 
 
 def _request_id(scope: Scope) -> str:

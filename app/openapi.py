@@ -25,6 +25,7 @@ _EXAMPLES: dict[int, tuple[str, str]] = {
     401: ("unauthorized", "this service needs an API key"),
     403: ("forbidden", "without API keys this service answers only to this machine"),
     404: ("not_found", "there is no job 'job_0193f2a8c4e17d5b'"),
+    408: ("request_timeout", "the body did not come within 30 s"),
     409: ("conflict", "the job is running; only finished jobs can be deleted"),
     413: ("payload_too_large", "the body is larger than 1048576 bytes"),
     416: ("range_not_satisfiable", "the range begins behind the end of the file, 640 bytes"),
@@ -40,7 +41,9 @@ def problems(*statuses: int) -> Responses:
     """Return the documentation of the error answers a route can give, and 500."""
     # Whoever needs a key is also counted.
     counted = (429,) if 401 in statuses else ()
-    return {status: _documented(status) for status in sorted({*statuses, *counted, 500})}
+    # Whatever has a body may not get it.
+    awaited = (408,) if 413 in statuses else ()
+    return {status: _documented(status) for status in sorted({*statuses, *counted, *awaited, 500})}
 
 
 def _documented(status: int) -> dict[str, Any]:

@@ -90,6 +90,9 @@ MAIN_SOURCES = ("model", "trained", "residual", "original")
 LONGEST_PAGE = 200
 """The most jobs that one page of the list holds."""
 
+_TELLING_S = 10.0
+_TELLING_SHARE = 0.05
+
 
 def _a_reference(value: object) -> object:
     if isinstance(value, str):
@@ -248,3 +251,8 @@ class JobEvent(BaseModel):
     at: datetime
     type: EventType
     data: dict[str, Any] = Field(default_factory=dict)
+
+
+def is_telling(fresh: int, left: int, elapsed_s: float) -> bool:
+    """Whether the pace of `fresh` bytes promises something of the bytes that are `left`."""
+    return elapsed_s >= _TELLING_S or fresh >= _TELLING_SHARE * (fresh + left)

@@ -1,14 +1,20 @@
-"""Structured logs: one JSON object a line on stderr, with job and task, without Hub tokens."""
+"""Structured logs on stderr, with request, job and task, without Hub tokens.
+
+One JSON object a line; on a terminal, lines to read.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import structlog
+
+FIELDS = ("job_id", "request_id", "owner", "method", "route", "status", "ms")
+"""What a line may say beside its sentence, given as `extra`."""
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
@@ -25,7 +31,7 @@ def redact(value: Any) -> Any:
 
 
 def configure_logging(process: str, level: int = logging.INFO) -> None:
-    """Send every logger of this process to stderr as JSON lines that name `process`."""
+    """Send every logger of this process to stderr, in lines that name `process`."""
 
     def name_process(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         return {"process": process, **event}
@@ -36,6 +42,7 @@ def configure_logging(process: str, level: int = logging.INFO) -> None:
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=[
             structlog.contextvars.merge_contextvars,
+            structlog.stdlib.ExtraAdder(allow=FIELDS),
             structlog.stdlib.add_log_level,
             structlog.stdlib.add_logger_name,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -45,7 +52,7 @@ def configure_logging(process: str, level: int = logging.INFO) -> None:
             structlog.processors.format_exc_info,
             name_process,
             remove_tokens,
-            structlog.processors.JSONRenderer(default=str),
+            _lines() if sys.stderr.isatty() else structlog.processors.JSONRenderer(default=str),
         ],
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -53,5 +60,15 @@ def configure_logging(process: str, level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        # uvicorn's own handlers would say everything twice, and its lines of access know no route.
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = name != "uvicorn.access"
     for noisy in ("celery.worker.strategy", "celery.app.trace", "kombu", "httpx2", "httpcore2"):
         logging.getLogger(noisy).setLevel(max(level, logging.WARNING))
+
+
+def _lines() -> Callable[..., str]:
+    """Return what renders an event as a line to read: when, how grave, what, and about what."""
+    plain = structlog.dev.plain_traceback
+    return structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0, exception_formatter=plain)

@@ -28,7 +28,7 @@ def carry_out(context: Context, job_id: str, task: str) -> None:
         logger.info("%s %s is not to be done here", job_id, task)
         return
     reset_peak_memory()
-    with structlog.contextvars.bound_contextvars(job_id=job_id, task=task):
+    with structlog.contextvars.bound_contextvars(**_names(claim)):
         logger.info("attempt %d begins", claim.attempts)
         try:
             _work(context, claim)
@@ -37,6 +37,12 @@ def carry_out(context: Context, job_id: str, task: str) -> None:
         except StoreUnavailable:
             # The lease runs out, and the task is found again by whoever sees the store.
             logger.error("the store stayed away; the task is left as it is")
+
+
+def _names(claim: Claim) -> dict[str, str]:
+    """Return what every line of the log that is about the task should name."""
+    names = {"job_id": claim.job_id, "task": claim.task}
+    return names if claim.request_id is None else {**names, "request_id": claim.request_id}
 
 
 def _work(context: Context, claim: Claim) -> None:

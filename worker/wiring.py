@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import TypeAdapter
 
 from pissa_core.adapters import open_sink, open_source
+from pissa_core.errors import InvalidRequest
 from pissa_core.ports import PublishOptions
 from pissa_core.refs import LocalRef, Ref, parse_ref
 from worker.connect import connect
@@ -66,6 +67,20 @@ class Context:
             token=self.vault.open(claim.sealed_token),
             on_wait=self._telling(claim),
         )
+
+    def check_size(self, ref: str, nbytes: int) -> None:
+        """Refuse a checkpoint larger than the operator's ceiling.
+
+        Raises:
+            InvalidRequest: with both numbers.
+        """
+        ceiling = self.settings.max_model_size
+        if ceiling is not None and nbytes > ceiling:
+            raise InvalidRequest(
+                f"{ref} has {nbytes} bytes of weights, more than the {ceiling} that this service "
+                "takes",
+                hint="convert it with `pissa convert` on a machine of your own",
+            )
 
     def output_name(self, claim: Claim) -> str:
         """Return what names the output in the digest of the staging area."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from app.cli.units import duration, size
+from worker.contract import is_telling
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -78,9 +79,11 @@ class Pace:
         return self._fresh / seconds if self._fresh and seconds > 0 else None
 
     def left_s(self, remaining: int) -> float | None:
-        """Return the seconds that `remaining` bytes will take at this pace."""
+        """Return the seconds that `remaining` bytes will take, once there is a pace to go by."""
         rate = self.rate()
-        return remaining / rate if rate else None
+        if not rate or not is_telling(self._fresh, remaining, self.clock() - self._since):
+            return None
+        return remaining / rate
 
 
 class Display(Protocol):

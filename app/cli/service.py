@@ -20,9 +20,6 @@ from pissa_core.errors import InvalidRequest
 if TYPE_CHECKING:
     from worker.settings import Settings
 
-STOP_S = 3
-"""How long an open connection (a stream of events) may hold up the end of `serve`."""
-
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -38,6 +35,8 @@ def serve(*, host: str, port: int, data_dir: Path | None, workers: int | None) -
 
     API, page, workers and, unless PISSA_REDIS_URL is set, the store. One Ctrl-C ends all.
     """
+    from app.door import refuse_open_door
+
     settings = read_settings(data_dir)
     refuse_open_door(host, has_keys=bool(settings.api_keys))
     with listening(host, port) as door, ExitStack() as stack:
@@ -89,18 +88,6 @@ def read_settings(data_dir: Path | None) -> Settings:
     return Settings.from_env()
 
 
-def refuse_open_door(host: str, *, has_keys: bool) -> None:
-    """Refuse to listen beyond this machine without API keys."""
-    from app.auth import is_loopback
-
-    if has_keys or is_loopback(host):
-        return
-    raise InvalidRequest(
-        f"--host {host} lets other machines in, and PISSA_API_KEYS is not set",
-        hint="set PISSA_API_KEYS to one or more secret keys, or leave --host at 127.0.0.1",
-    )
-
-
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
     """Take the port before anything is started, so that a taken one costs nothing."""
@@ -141,21 +128,13 @@ def gpu_count() -> int:
 
 def run_api(settings: Settings, door: socket.socket) -> None:
     """Serve the API on an open socket until a signal says to stop."""
-    import uvicorn
-
     from app.asgi import make_app
+    from app.server import serve_until_signalled
 
-    config = uvicorn.Config(
-        make_app(settings),
-        log_level="warning",
-        timeout_graceful_shutdown=STOP_S,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
     # uvicorn takes the first signal and, when it is done, raises it again for us; a second one
     # must not cut the end of the workers short.
     try:
-        server.run(sockets=[door])
+        serve_until_signalled(make_app(settings), door)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -23,8 +23,14 @@ async def _settings(request: Request) -> Settings:
     return settings
 
 
+async def _request_id(request: Request) -> str:
+    given: str = request.state.request_id
+    return given
+
+
 Store = Annotated[JobStore, Depends(_store)]
 ServiceSettings = Annotated[Settings, Depends(_settings)]
+RequestId = Annotated[str, Depends(_request_id)]
 JobId = Annotated[str, Path(max_length=200, examples=[JOB_ID], description="the job's id")]
 HubToken = Annotated[
     str | None,

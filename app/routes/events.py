@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
 
 from app.auth import Asking
 from app.limits import Limits
@@ -72,7 +74,21 @@ async def job_events(
         return Response(status_code=204)
     limits: Limits = request.app.state.limits
     stream = limits.stream(caller.owner, _stream(store, job.id, start))
-    return EventSourceResponse(stream, ping=PING_S)
+    return _Counted(stream, partial(limits.let_go, caller.owner, stream))
+
+
+class _Counted(EventSourceResponse):
+    """A stream that says when it is over; a reader who left would be counted until it is swept."""
+
+    def __init__(self, events: AsyncIterator[ServerSentEvent], at_end: Callable[[], None]) -> None:
+        super().__init__(events, ping=PING_S)
+        self._at_end = at_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._at_end()
 
 
 def _wants_stream(accept: str, after: str | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter
 from app.auth import Asking
 from app.intake import JobBody, check, optional_object
 from app.openapi import JOB_REQUESTS, answer, body_of, problems
-from app.routes.deps import HubToken, OwnJob, Store, etag_matches
+from app.routes.deps import HubToken, OwnJob, RequestId, Store, etag_matches
 from app.schemas import (
     JOB_EXAMPLE,
     JOB_ID,
@@ -23,6 +24,7 @@ from worker.contract import LONGEST_PAGE, Job, Status
 
 POLL_AFTER_S = 2
 
+logger = logging.getLogger(__name__)
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 _cancel_schema = TypeAdapter(CancelBody)
@@ -58,6 +60,7 @@ def submit_job(
     caller: Asking,
     body: JobBody,
     store: Store,
+    request_id: RequestId,
     hub_token: HubToken = None,
     idempotency_key: Annotated[
         str | None,
@@ -79,7 +82,10 @@ def submit_job(
         idempotency_key=idempotency_key,
         body_digest=body.digest,
         hub_token=hub_token,
+        request_id=request_id,
     )
+    told = "submitted" if created else "submitted before"
+    logger.info(told, extra={"job_id": job.id, "owner": caller.owner})
     return _accepted(response, job, status=202 if created else 200)
 
 
@@ -132,7 +138,9 @@ def get_job(
 ) -> Response:
     """Return the job; poll it with If-None-Match, or follow its events instead."""
     body = job.model_dump_json()
-    etag = f'W/"{hashlib.sha256(body.encode()).hexdigest()[:32]}"'
+    # What is left to wait changes from second to second, and is no news by itself.
+    told = job.model_dump_json(exclude={"eta_s"})
+    etag = f'W/"{hashlib.sha256(told.encode()).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if etag_matches(if_none_match, etag):
         return Response(status_code=304, headers=headers)
@@ -175,9 +183,16 @@ def cancel_job(
         **problems(401, 403, 404, 409, 422, 503),
     },
 )
-def resume_job(response: Response, job: OwnJob, store: Store, hub_token: HubToken = None) -> Job:
+def resume_job(
+    response: Response,
+    job: OwnJob,
+    store: Store,
+    request_id: RequestId,
+    hub_token: HubToken = None,
+) -> Job:
     """Queue a failed or cancelled job again; what is sealed is not done twice."""
-    return _accepted(response, store.resume(job.id, hub_token=hub_token))
+    resumed = store.resume(job.id, hub_token=hub_token, request_id=request_id)
+    return _accepted(response, resumed)
 
 
 @router.delete(

@@ -12,7 +12,7 @@ from app.auth import Asking
 from app.errors import TooManyRequests
 from app.intake import PlanBody
 from app.openapi import answer, body_of, problems
-from app.routes.deps import HubToken, Store
+from app.routes.deps import HubToken, RequestId, Store
 from app.schemas import PLAN_EXAMPLE, PLAN_REQUEST_EXAMPLES, PlanAnswer
 from worker.contract import BaseToPissa
 
@@ -33,7 +33,12 @@ router = APIRouter(prefix="/v1/plans", tags=["plans"])
     openapi_extra=body_of(["BaseToPissa"], PLAN_REQUEST_EXAMPLES),
 )
 async def make_plan(
-    request: Request, _caller: Asking, body: PlanBody, store: Store, hub_token: HubToken = None
+    request: Request,
+    _caller: Asking,
+    body: PlanBody,
+    store: Store,
+    request_id: RequestId,
+    hub_token: HubToken = None,
 ) -> dict[str, Any]:
     """Say which matrices a job would decompose, what it refuses, and what it would cost.
 
@@ -47,7 +52,9 @@ async def make_plan(
         )
     timeout_s: float = request.app.state.plan_timeout_s
     asked = cast(BaseToPissa, body.request)
-    plan_id = await run_in_threadpool(store.request_plan, asked, hub_token=hub_token)
+    plan_id = await run_in_threadpool(
+        store.request_plan, asked, hub_token=hub_token, request_id=request_id
+    )
     return await to_thread.run_sync(
         lambda: store.plan_result(plan_id, timeout_s=timeout_s), limiter=waiting
     )

@@ -22,9 +22,10 @@ def client_of(app: FastAPI, key: str | None = None) -> TestClient:
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[str]:
+def served(app: FastAPI, **options: Any) -> Iterator[str]:
     """Serve `app` on a free loopback port, in a thread; stopped at the end."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None))
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, **options)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

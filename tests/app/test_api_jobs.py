@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from api_tools import BODY, client_of
 
@@ -130,6 +132,21 @@ def test_an_unchanged_job_is_not_sent_again(api):
     changed = api.get(path, headers={"If-None-Match": etag})
     assert changed.status_code == 200
     assert changed.headers["etag"] != etag
+
+
+def test_time_left_is_no_news_by_itself(api, worker):
+    path = f"/v1/jobs/{submit(api)['id']}"
+    job_id = path.rpartition("/")[2]
+    worker.prepare(job_id)
+    claim = worker.start_shard(job_id)
+    worker.finish_matrix(claim, 0)
+    first = api.get(path)
+    time.sleep(0.3)
+    again = api.get(path)
+    assert first.json()["eta_s"] < again.json()["eta_s"]
+    assert first.headers["etag"] == again.headers["etag"]
+    worker.finish_matrix(claim, 1)
+    assert api.get(path).headers["etag"] != first.headers["etag"]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,17 @@ def test_the_pace_counts_only_what_is_done_now() -> None:
     assert pace.left_s(25) == 0.5
 
 
+def test_a_pace_of_a_moment_promises_nothing() -> None:
+    clock = Clock()
+    pace = Pace(clock)
+    clock.now = 1.0
+    pace.add(10)
+    assert pace.left_s(1000) is None, "one percent in a second says nothing"
+    assert pace.left_s(190) == 19
+    clock.now = 10.0
+    assert pace.left_s(1000) == 1000
+
+
 def test_plain_lines_come_with_phases_and_seconds_and_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -44,8 +44,11 @@ class JobStore(JobReader):
         idempotency_key: str | None = None,
         body_digest: str | None = None,
         hub_token: str | None = None,
+        request_id: str | None = None,
     ) -> tuple[Job, bool]:
         """Accept a job, durably; return it, and whether it is new.
+
+        The `request_id` goes with it into the workers' logs.
 
         Raises:
             IdempotencyMismatch: if the key was used with another body.
@@ -62,6 +65,7 @@ class JobStore(JobReader):
             idem=None if idempotency_key is None else _idempotency(owner, idempotency_key),
             body_digest=body_digest or hashlib.sha256(text.encode()).hexdigest(),
             max_queued=self._settings.max_queued,
+            request_id=request_id,
         )
         if "full" in answer:
             raise QueueFull(
@@ -86,7 +90,7 @@ class JobStore(JobReader):
         )
         return self.get(job_id)
 
-    def resume(self, job_id: str, *, hub_token: str | None) -> Job:
+    def resume(self, job_id: str, *, hub_token: str | None, request_id: str | None = None) -> Job:
         """Queue a failed or cancelled job again; sealed work is not done twice.
 
         Raises:
@@ -101,6 +105,7 @@ class JobStore(JobReader):
             token=self._vault.seal(hub_token),
             plan_queue=plan_queue,
             work_queue=work_queue,
+            request_id=request_id,
         )
         self._change(job_id, "resumed", answer)
         return self.get(job_id)
@@ -127,7 +132,9 @@ class JobStore(JobReader):
                 gone += 1
         return gone
 
-    def request_plan(self, request: BaseToPissa, *, hub_token: str | None) -> str:
+    def request_plan(
+        self, request: BaseToPissa, *, hub_token: str | None, request_id: str | None = None
+    ) -> str:
         """Ask a planner for a plan; return the id to wait for."""
         answer = self._submit(
             f"plan_{_random_name()}",
@@ -135,6 +142,7 @@ class JobStore(JobReader):
             kind="plan",
             owner=_OWNER_OF_PLANS,
             token=self._vault.seal(hub_token),
+            request_id=request_id,
         )
         plan_id: str = answer["id"]
         return plan_id

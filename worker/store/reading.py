@@ -35,12 +35,12 @@ class JobReader:
         self._events = Events(connection)
 
     def ping(self) -> None:
-        """Ask whether the store answers.
+        """Ask whether the store takes a write, as a job would be; one that only reads is no use.
 
         Raises:
             StoreUnavailable: if it does not.
         """
-        self.connection.ask(self.connection.client.ping)
+        self.connection.call("ready")
 
     def close(self) -> None:
         """Close every connection."""

@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from worker.contract import Count, EventType, Job, JobError, JobEvent, Phase, Progress, Status
+from worker.contract import (
+    Count,
+    EventType,
+    Job,
+    JobError,
+    JobEvent,
+    Phase,
+    Progress,
+    Status,
+    is_telling,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +71,19 @@ def _count(fields: Mapping[str, str], what: str) -> Count:
 
 
 def _eta(fields: Mapping[str, str], status: Status, work: Count, now_ms: int) -> float | None:
-    """Estimate from the pace since the shards began, at which resumed work has no part."""
+    """Estimate from the pace since the shards began, at which resumed work has no part.
+
+    None until there is a pace to go by: the first matrices carry the start of a process and the
+    first reads of a cold disk, and what they promise is often off by ten.
+    """
     fresh = work.done - int(fields.get("bytes_resumed", 0))
     if status is not Status.RUNNING or fresh <= 0 or "shards_at" not in fields:
         return None
     elapsed_s = max(now_ms - int(fields["shards_at"]), 1) / 1000
-    return round(max(work.total - work.done, 0) * elapsed_s / fresh, 1)
+    left = max(work.total - work.done, 0)
+    if not is_telling(fresh, left, elapsed_s):
+        return None
+    return round(left * elapsed_s / fresh, 1)
 
 
 def _result(fields: Mapping[str, str]) -> dict[str, Any]:

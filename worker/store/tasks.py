@@ -58,6 +58,7 @@ class Claim:
         digest: names the staging area, once the job is planned.
         discard: what a discard task throws away, ``scratch`` or ``all``.
         published: the result is visible already; only the sweep is left.
+        request_id: of the request that submitted the job, or resumed it; for the log.
     """
 
     job_id: str
@@ -71,6 +72,7 @@ class Claim:
     digest: str | None
     discard: str | None
     published: bool
+    request_id: str | None = None
 
 
 class TaskStore:
@@ -102,7 +104,7 @@ class TaskStore:
         )
         if "refused" in answer:
             return None
-        request, kind, sealed, digest, discard, published = answer["job"]
+        request, kind, sealed, digest, discard, published, request_id = answer["job"]
         return Claim(
             job_id=job_id,
             task=task,
@@ -115,6 +117,7 @@ class TaskStore:
             digest=digest or None,
             discard=discard or None,
             published=bool(published),
+            request_id=request_id or None,
         )
 
     def renew(self, claim: Claim) -> Stop | None:

@@ -29,6 +29,7 @@ function ops.submit(a)
     'phase', 'queued', 'phase_at', now, 'attempts', 0, 'seq', seq,
     'plan_queue', a.plan_queue, 'work_queue', a.work_queue)
   if a.token then set(a.id, 'token', a.token) end
+  if a.request_id then set(a.id, 'request_id', a.request_id) end
   set_status(a.id, 'queued')
   count('submitted:' .. a.kind)
   if a.kind == 'plan' then
@@ -80,6 +81,7 @@ function ops.resume(a)
     'restarts', 'discard')
   set(a.id, 'resumed_by', a.nonce, 'plan_queue', a.plan_queue, 'work_queue', a.work_queue)
   if a.token then set(a.id, 'token', a.token) end
+  if a.request_id then set(a.id, 'request_id', a.request_id) end
   start_over(a.id)
   redis.call('ZREM', 'pissa:finished', a.id)
   set_status(a.id, 'queued')

@@ -113,6 +113,11 @@ function ops.windows(a)
   return {}
 end
 
+function ops.ready(a)
+  redis.call('SET', 'pissa:ready', now)
+  return {}
+end
+
 -- Everything the metrics tell, at one moment; none of it takes longer with more jobs.
 function ops.figures(a)
   local oldest = redis.call('ZRANGE', 'pissa:waiting', 0, 0, 'WITHSCORES')

@@ -64,7 +64,7 @@ function ops.claim(a)
     note_start(a, task)
   end
   return { job = redis.call('HMGET', J(a.id), 'request', 'kind', 'token', 'digest', 'discard',
-    'published'), attempts = task.attempts }
+    'published', 'request_id'), attempts = task.attempts }
 end
 
 function ops.renew(a)
