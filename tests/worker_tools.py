@@ -23,6 +23,8 @@ from worker.settings import Settings
 from worker.store import JobStore
 
 PATIENCE_S = 90.0
+NO_HUB = "http://127.0.0.1:9"
+"""A port that nothing listens on: no test may reach a Hub it has not started."""
 Found = TypeVar("Found")
 
 
@@ -74,13 +76,14 @@ def _tensors(layers: int, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 @contextmanager
-def running_worker(settings: Settings, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running_worker(
+    settings: Settings, log: Path, *, hub: str = NO_HUB
+) -> Iterator[subprocess.Popen[bytes]]:
     """Run one worker, as an operator would, and end it with everything it started."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "worker", "--device", "cpu", "--slots", "1"],
-            # A port that nothing listens on: no test may reach a Hub it has not started.
-            env=os.environ | settings.as_env() | {"HF_ENDPOINT": "http://127.0.0.1:9"},
+            env=os.environ | settings.as_env() | {"HF_ENDPOINT": hub},
             stderr=output,
             stdout=output,
         )
