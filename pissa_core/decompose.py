@@ -19,7 +19,7 @@ from torch import Tensor
 from pissa_core.errors import NonFiniteWeight, OutOfMemory
 from pissa_core.events import MatrixDone
 from pissa_core.headstart import HeadStart
-from pissa_core.plan import Matrix
+from pissa_core.plan import Matrix, row_of
 from pissa_core.planning import matrix_bytes
 from pissa_core.runtime import Resolved
 from pissa_core.slots import run_in_slots
@@ -58,7 +58,7 @@ def decompose(
         sized,
         slots=resolved.slots,
         budget=resolved.budget,
-        ran_out=_ran_out_of_memory,
+        ran_out=ran_out_of_memory,
         last_resort=None if resolved.device.type == "cpu" else on_cpu,
     )
 
@@ -90,10 +90,11 @@ class _Job:
                 f"{matrix.tensor}: {error.message}{where}", hint=error.hint
             ) from error
         except (MemoryError, RuntimeError) as error:
-            if _ran_out_of_memory(error):
+            if ran_out_of_memory(error):
                 raise self._out_of_memory(matrix, lanes.device) from error
             raise
-        self.bench.finish(matrix, residual, a, b, row)
+        stored = residual.t() if matrix.transposed else residual
+        self.bench.finish(matrix, stored, {matrix.key_a: a, matrix.key_b: b}, row)
         nbytes = matrix.stop - matrix.start
         return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
 
@@ -121,7 +122,7 @@ class _Job:
             adapter_dtype=getattr(torch, self.config.adapter_dtype),
             found=None if self.head_start is None else self.head_start.take(matrix),
         )
-        row = _row(matrix) | split.certificate.as_row() | {"device": lanes.device.type}
+        row = row_of(matrix) | split.certificate.as_row() | {"device": lanes.device.type}
         return row, split.R, split.A, split.B
 
     def _out_of_memory(self, matrix: Matrix, device: torch.device) -> OutOfMemory:
@@ -165,18 +166,7 @@ class _Lanes:
         return copies
 
 
-def _row(matrix: Matrix) -> dict[str, Any]:
-    return {
-        "module": matrix.module,
-        "tensor": matrix.tensor,
-        "shard": matrix.shard,
-        "shape": list(matrix.shape),
-        "rank": matrix.rank,
-        "scaling": matrix.scaling,
-    }
-
-
-def _ran_out_of_memory(error: BaseException) -> bool:
+def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says so; if it does, what its frames still held is let go."""
     # torch raises a plain RuntimeError when a CPU allocation fails; there is no class for it.
     kinds = (OutOfMemory, MemoryError, torch.OutOfMemoryError)

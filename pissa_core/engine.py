@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 
 from pissa_core.adapters.disk import disk_errors
 from pissa_core.assembly import publication
@@ -33,6 +34,9 @@ from pissa_core.events import (
     ShardSealed,
     ShardStarted,
 )
+from pissa_core.fold.planning import fold_bytes
+from pissa_core.fold.result import folded_publication
+from pissa_core.fold.work import Beside, Folding
 from pissa_core.headstart import HeadStart
 from pissa_core.plan import Plan, ShardPlan
 from pissa_core.planning import make_plan, matrix_bytes
@@ -51,7 +55,25 @@ def convert(
     plan: Plan | None = None,
     head_start: HeadStart | None = None,
 ) -> Iterator[Event]:
-    """Convert a checkpoint from beginning to end in this process.
+    """Convert a checkpoint to its PiSSA form, from beginning to end in this process.
+
+    Raises:
+        PissaError: whatever `make_plan` and `carry_out` raise.
+    """
+    made = plan or make_plan(source, config)
+    yield from carry_out(made, source, sink, runtime, head_start=head_start)
+
+
+def carry_out(
+    plan: Plan,
+    source: CheckpointSource,
+    sink: CheckpointSink,
+    runtime: Runtime,
+    *,
+    head_start: HeadStart | None = None,
+    beside: Beside | None = None,
+) -> Iterator[Event]:
+    """Do what a plan of any kind says; `beside` is what a fold reads besides the source.
 
     Closing the iterator, or being killed, leaves what is sealed and journalled: the same call
     goes on from there. An error that no further attempt can mend leaves nothing.
@@ -59,13 +81,14 @@ def convert(
     Raises:
         PissaError: whatever `check_plan`, `run_shard` and `publish` raise.
     """
-    plan = plan or make_plan(source, config)
-    check_plan(plan, source, sink, runtime)
+    check_plan(plan, source, sink, runtime, beside=beside)
     yield Planned(plan)
     try:
         if sink.published() is None:
             for shard in plan.shards:
-                yield from run_shard(plan, shard.path, source, sink, runtime, head_start)
+                yield from run_shard(
+                    plan, shard.path, source, sink, runtime, head_start, beside=beside
+                )
         yield from publish(plan, source, sink)
     except PissaError as error:
         if is_hopeless(error):
@@ -80,7 +103,12 @@ def is_hopeless(error: PissaError) -> bool:
 
 
 def check_plan(
-    plan: Plan, source: CheckpointSource, sink: CheckpointSink, runtime: Runtime
+    plan: Plan,
+    source: CheckpointSource,
+    sink: CheckpointSink,
+    runtime: Runtime,
+    *,
+    beside: Beside | None = None,
 ) -> None:
     """Refuse, before any weight is read, what cannot end well.
 
@@ -92,7 +120,8 @@ def check_plan(
         first = plan.refused[0]
         more = f" ({len(plan.refused) - 1} more are listed by the plan)" * (len(plan.refused) > 1)
         raise error_from(first.code, f"{first.name}: {first.reason}{more}")
-    sink.check(source)
+    for read in (source,) if beside is None else (source, beside.adapter):
+        sink.check(read)
     _check_disk(plan, sink)
     resolved = resolve(runtime)
     if runtime.memory_budget is not None:
@@ -106,8 +135,10 @@ def run_shard(
     sink: CheckpointSink,
     runtime: Runtime,
     head_start: HeadStart | None = None,
+    *,
+    beside: Beside | None = None,
 ) -> Iterator[ShardStarted | MatrixDone | ShardSealed]:
-    """Convert one shard: private copy, each matrix decomposed and patched in, both files sealed.
+    """Convert one shard: private copy, each matrix converted and patched in, both files sealed.
 
     A shard that is sealed already is not touched; matrices that a dead attempt finished are
     checked against its journal and not done again.
@@ -122,7 +153,9 @@ def run_shard(
         yield ShardSealed(shard, work.size, count)
         return
     with sink.attempt(shard) as attempt, disk_errors(attempt.folder):
-        with open_workbench(attempt.folder, plan, work, source) as bench:
+        folding = _folding(plan, beside)
+        replace = None if folding is None else partial(folding.replace, work)
+        with open_workbench(attempt.folder, plan, work, source, replace=replace) as bench:
             yield ShardStarted(shard, count, len(bench.rows))
             rows = dict(bench.rows)
             for matrix in work.matrices:
@@ -130,8 +163,12 @@ def run_shard(
                     nbytes = matrix.stop - matrix.start
                     yield MatrixDone(shard, rows[matrix.tensor], nbytes, 0.0, resumed=True)
             missing = [matrix for matrix in work.matrices if matrix.tensor not in rows]
-            config = parse_config(plan.config)
-            for done in decompose(missing, config, bench, resolve(runtime), head_start):
+            if folding is None:
+                config = parse_config(plan.config)
+                doing = decompose(missing, config, bench, resolve(runtime), head_start)
+            else:
+                doing = folding.matrices(missing, bench, resolve(runtime))
+            for done in doing:
                 rows[done.row["tensor"]] = done.row
                 yield done
             ordered = tuple(rows[matrix.tensor] for matrix in work.matrices)
@@ -151,9 +188,18 @@ def publish(
     yield Publishing()
     if sink.published() is None:
         seals = tuple(_seal_of(sink, shard) for shard in plan.shards)
-        sink.publish(publication(plan, source, sink, seals))
+        contents = folded_publication if plan.fold else publication
+        sink.publish(contents(plan, source, sink, seals))
     yield Published(sink.ref, json.loads(sink.published() or b"{}"))
     sink.discard()
+
+
+def _folding(plan: Plan, beside: Beside | None) -> Folding | None:
+    if plan.fold is None:
+        return None
+    if beside is None:
+        raise ValueError("a fold reads an adapter beside the residual")
+    return Folding(plan, plan.fold, beside)
 
 
 def _seal_of(sink: CheckpointSink, shard: ShardPlan) -> Seal:
@@ -177,10 +223,12 @@ def _check_disk(plan: Plan, sink: CheckpointSink) -> None:
 
 
 def _check_memory(plan: Plan, resolved: Resolved) -> None:
-    method = plan.config["svd"]["method"]
-    rounding = plan.config["rounding"]
-    largest = max(plan.matrices, key=lambda matrix: matrix_bytes(matrix, method, rounding))
-    needed = matrix_bytes(largest, method, rounding)
+    needs = partial(fold_bytes, plan)
+    if plan.fold is None:
+        method, rounding = plan.config["svd"]["method"], plan.config["rounding"]
+        needs = partial(matrix_bytes, method=method, rounding=rounding)
+    largest = max(plan.matrices, key=needs)
+    needed = needs(largest)
     if needed > resolved.budget:
         raise MemoryTooSmall(
             f"{largest.tensor} {list(largest.shape)} needs {needed:,} bytes in flight and the "

@@ -67,6 +67,40 @@ class CarriedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor in the file of an adapter: what it is, and where its data lies."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """What a plan of kind ``pissa-to-base`` adds: an adapter that goes into the weights.
+
+    Attributes:
+        adapter: reference of the adapter; on the Hub with its commit.
+        pieces: where each of its tensors lies, by PEFT's key, in its one file.
+        replaced: tensors that it stores whole and that take the place of the checkpoint's.
+        initial: it is the adapter that the residual was made with, so the result is the original.
+        original: the model before the conversion, if the result can be held against it.
+        places: where in the original each target's tensor lies, as shard and first byte.
+    """
+
+    adapter: str
+    adapter_commit: str | None
+    adapter_sha256: str
+    pieces: Mapping[str, Piece]
+    replaced: tuple[CarriedTensor, ...]
+    initial: bool
+    original: str | None
+    original_commit: str | None
+    places: Mapping[str, tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     """Something that was asked for and cannot be converted correctly, and why."""
 
@@ -160,6 +194,7 @@ class Plan:
     refused: tuple[Refusal, ...]
     estimate: Estimate
     new_index: str | None = None
+    fold: Fold | None = None
 
     @property
     def division(self) -> str | None:
@@ -168,6 +203,11 @@ class Plan:
             return None
         runs = [(shard.path, shard.source_path, shard.run) for shard in self.shards]
         return hashlib.sha256(repr(runs).encode()).hexdigest()[:16]
+
+    @property
+    def kind(self) -> str:
+        """What is done: ``base-to-pissa``, or ``pissa-to-base`` where an adapter is folded in."""
+        return "base-to-pissa" if self.fold is None else "pissa-to-base"
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -187,7 +227,7 @@ class Plan:
             "commit": self.commit,
             "model_class": self.model_class,
             "names_from": self.names_from,
-            "matrices": [_public_matrix(matrix) for matrix in self.matrices],
+            "matrices": [row_of(matrix) for matrix in self.matrices],
             "refused": [dataclasses.asdict(refusal) for refusal in self.refused],
             "left_out": list(self.left_out),
             "bytes": {
@@ -229,6 +269,7 @@ class Plan:
         )
         data["refused"] = tuple(Refusal(**r) for r in data["refused"])
         data["estimate"] = Estimate(**data["estimate"])
+        data["fold"] = _read_fold(data["fold"]) if data.get("fold") else None
         for field in ("side_files", "left_out"):
             data[field] = tuple(data[field])
         return cls(**data)
@@ -243,7 +284,18 @@ def _divided(shards: tuple[ShardPlan, ...]) -> list[dict[str, Any]]:
     return [{"shard": source, "into": paths} for source, paths in parts.items()]
 
 
-def _public_matrix(matrix: Matrix) -> dict[str, Any]:
+def _read_fold(data: Mapping[str, Any]) -> Fold:
+    pieces = {
+        key: Piece(**{**piece, "shape": tuple(piece["shape"])})
+        for key, piece in data["pieces"].items()
+    }
+    replaced = tuple(CarriedTensor(**{**t, "shape": tuple(t["shape"])}) for t in data["replaced"])
+    places = {name: (shard, start) for name, (shard, start) in data["places"].items()}
+    return Fold(**{**data, "pieces": pieces, "replaced": replaced, "places": places})
+
+
+def row_of(matrix: Matrix) -> dict[str, Any]:
+    """Return what a plan says of a matrix, as plans show it and rows of a manifest begin."""
     return {
         "module": matrix.module,
         "tensor": matrix.tensor,

@@ -52,7 +52,7 @@ def make_plan(
     """
     layout = read_layout(source)
     targets = resolve_targets(layout, config)
-    matrices = _by_shard(targets.matrices)
+    matrices = by_shard(targets.matrices)
     plan = Plan(
         source=source.ref,
         commit=source.commit,
@@ -137,7 +137,8 @@ def adapter_bytes(plan: Plan) -> int:
     return make_header(entries).file_size
 
 
-def _by_shard(matrices: Iterable[Matrix]) -> Mapping[str, tuple[Matrix, ...]]:
+def by_shard(matrices: Iterable[Matrix]) -> Mapping[str, tuple[Matrix, ...]]:
+    """Group matrices by their shard, in the order of their offsets."""
     grouped: dict[str, tuple[Matrix, ...]] = {}
     for matrix in sorted(matrices, key=lambda matrix: (matrix.shard, matrix.start)):
         grouped[matrix.shard] = (*grouped.get(matrix.shard, ()), matrix)

@@ -169,7 +169,7 @@ def _complete(
     measured = _Residuals(*triplets, outer=(found.exact_side == "left") == by_rows)
     total = torch.zeros((), dtype=torch.float64, device=W.device)
     exponent = _exponent_for(found.norm)
-    for i, j, P in _row_panels(M):
+    for i, j, P in row_panels(M):
         measured.add(i, j, P)
         product = times_transposed(left[i:j], right)
         P.sub_(product, alpha=scaling)
@@ -214,7 +214,7 @@ class _Residuals:
         return norms
 
 
-def _row_panels(M: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def row_panels(M: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (start, stop, P): the rows of M as float32, in memory of their own."""
     rows, width = M.shape
     nbytes = PANEL_BYTES if M.device.type == "cpu" else GPU_PANEL_BYTES

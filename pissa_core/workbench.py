@@ -7,7 +7,7 @@ written. An attempt that follows a dead one checks them and does only what is mi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,12 @@ _SPELLED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def part_entries(plan: Plan, shard: ShardPlan) -> list[Entry]:
-    """Return what a shard contributes to the adapter, in the order of its part file."""
+    """Return what a shard contributes to the adapter, in the order of its part file.
+
+    Where an adapter is folded in, none comes out, and the part is empty.
+    """
+    if plan.fold is not None:
+        return []
     dtype = plan.config["adapter_dtype"]
     entries = []
     for matrix in shard.matrices:
@@ -74,8 +79,11 @@ def carried_of(plan: Plan, shard: ShardPlan) -> list[CarriedTensor]:
 
 
 def stays_as_it_is(plan: Plan, shard: ShardPlan) -> bool:
-    """Whether a shard is a file of the source, nothing of which is decomposed or carried."""
-    return shard.run is None and not shard.matrices and not carried_of(plan, shard)
+    """Whether a shard is a file of the source, nothing of which is changed or carried."""
+    replaced = () if plan.fold is None else plan.fold.replaced
+    written = any(tensor.shard == shard.path for tensor in replaced)
+    whole = shard.run is None and not shard.matrices
+    return whole and not written and not carried_of(plan, shard)
 
 
 class Workbench:
@@ -115,16 +123,18 @@ class Workbench:
         return tensor
 
     def finish(
-        self, matrix: Matrix, residual: Tensor, a: Tensor, b: Tensor, row: Mapping[str, Any]
+        self,
+        matrix: Matrix,
+        stored: Tensor,
+        factors: Mapping[str, Tensor],
+        row: Mapping[str, Any],
     ) -> None:
-        """Write residual and factors in place, then journal them."""
+        """Write a matrix, as it is stored, and its factors in place, then journal them."""
         self._journal.begin(matrix.tensor)
-        stored = residual.t().contiguous() if matrix.transposed else residual.contiguous()
-        pieces = [
-            (self._copy, matrix.start, memory_of(stored)),
-            (self._part, self._header.starts[matrix.key_a], memory_of(a.contiguous())),
-            (self._part, self._header.starts[matrix.key_b], memory_of(b.contiguous())),
-        ]
+        pieces = [(self._copy, matrix.start, memory_of(stored.contiguous()))]
+        for key in self._factors(matrix):
+            start = self._header.starts[key]
+            pieces.append((self._part, start, memory_of(factors[key].contiguous())))
         for file, start, data in pieces:
             file.write(start, data)
         self._journal.done(matrix.tensor, [_checksum(data) for *_, data in pieces], row)
@@ -158,19 +168,35 @@ class Workbench:
         ends = _part_ends(self._header)
         return [
             _checksum_range(self._copy, matrix.start, matrix.stop),
-            _checksum_range(self._part, starts[matrix.key_a], ends[matrix.key_a]),
-            _checksum_range(self._part, starts[matrix.key_b], ends[matrix.key_b]),
+            *(_checksum_range(self._part, starts[key], ends[key]) for key in self._factors(matrix)),
         ]
+
+    def _factors(self, matrix: Matrix) -> list[str]:
+        """Return the keys of a matrix's factors in the part, which a fold has none of."""
+        return [key for key in (matrix.key_a, matrix.key_b) if key in self._header.starts]
 
 
 @contextmanager
 def open_workbench(
-    folder: Path, plan: Plan, shard: ShardPlan, source: CheckpointSource
+    folder: Path,
+    plan: Plan,
+    shard: ShardPlan,
+    source: CheckpointSource,
+    *,
+    replace: Callable[[PatchFile], None] | None = None,
 ) -> Iterator[Workbench]:
-    """Lay out an attempt's scratch folder, or take up what a dead attempt left in it."""
+    """Lay out an attempt's scratch folder, or take up what a dead attempt left in it.
+
+    Args:
+        folder: the scratch.
+        plan: what is done.
+        shard: the part of it that is done here.
+        source: the checkpoint.
+        replace: writes into the private copy what takes the place of tensors other than targets.
+    """
     header = make_header(part_entries(plan, shard))
     if not _can_go_on(folder, shard, header):
-        _lay_out(folder, plan, shard, source, header)
+        _lay_out(folder, plan, shard, source, header, replace)
     journal = Journal(folder / "journal")
     try:
         with PatchFile(folder / "shard") as copy, PatchFile(folder / "part") as part:
@@ -184,7 +210,12 @@ def open_workbench(
 
 
 def _lay_out(
-    folder: Path, plan: Plan, shard: ShardPlan, source: CheckpointSource, header: Header
+    folder: Path,
+    plan: Plan,
+    shard: ShardPlan,
+    source: CheckpointSource,
+    header: Header,
+    replace: Callable[[PatchFile], None] | None,
 ) -> None:
     """Fetch the private copy and reserve the part; the journal appears when both are durable."""
     for name in ("journal", "shard", "part"):
@@ -192,10 +223,12 @@ def _lay_out(
     if shard.run is None:
         holes = [(matrix.start, matrix.stop) for matrix in shard.matrices]
         source.fetch(shard.source_path, folder / "shard", holes=holes)
-        with PatchFile(folder / "shard") as copy:
-            copy.sync()
     else:
         _copy_run(shard.source_path, shard.size, shard.run, source, folder / "shard")
+    with PatchFile(folder / "shard") as copy:
+        if replace is not None:
+            replace(copy)
+        copy.sync()
     with PatchFile(folder / "part", create_size=header.file_size) as part:
         part.write(0, header.encoded)
         for tensor in carried_of(plan, shard):

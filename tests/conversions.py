@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pissa_core import engine
-from pissa_core.adapters import open_sink, open_source, staging_digest
+from pissa_core.adapters import open_sink, open_source, request_digest, staging_digest
 from pissa_core.events import Event, Published
+from pissa_core.fold.belonging import Open
+from pissa_core.fold.planning import make_fold_plan
+from pissa_core.fold.work import Beside
 from pissa_core.refs import LocalRef
 from pissa_core.runtime import Runtime
 from pissa_core.spec import parse_config
@@ -42,3 +45,26 @@ def checksums(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def fold_to(
+    residual: Path, adapter: Path, output: Path, open_other: Open = open_source, **runtime: Any
+) -> Mapping[str, Any]:
+    """Fold an adapter into its residual, from folders to a folder; return the manifest."""
+    events = list(folding_of(residual, adapter, output, open_other, **runtime))
+    (published,) = [event for event in events if isinstance(event, Published)]
+    return published.manifest
+
+
+def folding_of(
+    residual: Path, adapter: Path, output: Path, open_other: Open = open_source, **runtime: Any
+) -> Iterator[Event]:
+    """Return the events of a fold from folder to folder, as they happen."""
+    source, beside = (open_source(LocalRef(str(folder))) for folder in (residual, adapter))
+    plan = make_fold_plan(source, beside, open_other)
+    digest = request_digest(plan.kind, [source, beside], {}, str(output))
+    sink = open_sink(LocalRef(str(output)), digest=digest)
+    original = open_other(LocalRef(plan.fold.original)) if plan.fold.original else None
+    return engine.carry_out(
+        plan, source, sink, Runtime(device="cpu", **runtime), beside=Beside(beside, original)
+    )

@@ -16,6 +16,8 @@ from pissa_core.refs import HubRef, parse_ref
 from pissa_core.report.figures import Row, by_kind, energy_share, in_plan_order, totals
 
 LOCAL_PLACEHOLDER = "path/to/this/folder"
+ORIGINAL_CARD = "# The card of the original model"
+"""Above what is kept of the source's card."""
 _LONGEST_TABLE = 40
 # The Hub's own idea of where a card's metadata ends (huggingface_hub.repocard).
 _FRONT_MATTER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))")
@@ -40,7 +42,7 @@ def card(
         source_card: the source's README.md, metadata included.
         revision: the output's branch, if it is not the default one.
     """
-    metadata, body = _split_card(source_card or "")
+    metadata, body = split_card(source_card or "")
     ordered = in_plan_order(plan, rows)
     here = (
         LOCAL_PLACEHOLDER
@@ -55,7 +57,7 @@ def card(
         _lineage(plan),
     ]
     if body.strip():
-        sections.append(f"---\n\n# The card of the original model\n\n{body.strip()}")
+        sections.append(f"---\n\n{ORIGINAL_CARD}\n\n{body.strip()}")
     content = f"---\n{_metadata(plan, metadata).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
     # A lone surrogate (JSON can smuggle one into a name) must not end a job at its last step.
     return str(ModelCard(content, ignore_metadata_errors=True)).encode(errors="replace")
@@ -175,9 +177,7 @@ Made from {origin}{commit} by pissa-service, with this config:
 
 def _metadata(plan: Plan, source: Mapping[str, Any]) -> ModelCardData:
     """Return the YAML block: ours, and of the source's what still holds (licence, language)."""
-    carried = {name: source[name] for name in _CARRIED_OVER if _is_text_or_texts(source.get(name))}
-    tags = source.get("tags")
-    kept = list(tags) if isinstance(tags, list) and _is_text_or_texts(tags) else []
+    carried, kept = kept_metadata(source)
     repo = _source_repo(plan)
     if repo:
         # The root holds changed weights of its own, which the Hub's vocabulary calls a finetune;
@@ -190,7 +190,14 @@ def _metadata(plan: Plan, source: Mapping[str, Any]) -> ModelCardData:
     )
 
 
-def _split_card(text: str) -> tuple[Mapping[str, Any], str]:
+def kept_metadata(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return what of a source's metadata holds for a model made from it, and its tags."""
+    carried = {name: source[name] for name in _CARRIED_OVER if _is_text_or_texts(source.get(name))}
+    tags = source.get("tags")
+    return carried, list(tags) if isinstance(tags, list) and _is_text_or_texts(tags) else []
+
+
+def split_card(text: str) -> tuple[Mapping[str, Any], str]:
     """Split a card into metadata and body; metadata that is no YAML mapping counts as none."""
     match = _FRONT_MATTER.search(text)
     if match is None:

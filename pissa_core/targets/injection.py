@@ -124,7 +124,7 @@ def _wrap(
 ) -> PeftModel:
     # A tree of unknown class lacks the methods that PEFT's task classes ask for, and needs none.
     lora = _lora_config(config, task, with_task=skeleton.native, without=without)
-    with _peft_remarks():
+    with peft_remarks():
         return get_peft_model(skeleton.model, lora, low_cpu_mem_usage=True)
 
 
@@ -156,7 +156,7 @@ def _excluding(excluded: str | list[str] | None, more: list[str]) -> str | list[
 
 
 @contextlib.contextmanager
-def _peft_remarks() -> Iterator[None]:
+def peft_remarks() -> Iterator[None]:
     """Sort PEFT's warnings: drop what the plan settles, log what the user should know."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -176,10 +176,10 @@ def _read_back(
     refused: tuple[Refusal, ...] = (),
 ) -> Injection:
     """Collect PEFT's layers in the order of the model, and every key it would save."""
-    with _peft_remarks():
+    with peft_remarks():
         keys = list(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     found = tuple(
-        _injected(name.removeprefix(PREFIX), layer, modules)
+        injected(name.removeprefix(PREFIX), layer, modules)
         for name, layer in wrapped.named_modules()
         if isinstance(layer, LoraLayer)
     )
@@ -192,7 +192,8 @@ def _read_back(
     )
 
 
-def _injected(name: str, layer: LoraLayer, modules: Mapping[str, nn.Module]) -> Injected:
+def injected(name: str, layer: LoraLayer, modules: Mapping[str, nn.Module]) -> Injected:
+    """Read one LoRA layer back; `modules` are those of the model before the injection."""
     # PEFT nests one wrapper into the other where several bare parameters of a module are adapted.
     name = name.replace(".base_layer", "")
     parent = name.rpartition(".")[0]
@@ -240,7 +241,7 @@ def _refused_by_peft(skeleton: Skeleton, config: PissaConfig, task: str | None) 
                 refused[kw["current_key"]] = _reason(target, error)
 
     lora = _lora_config(config, task, with_task=False)
-    with _peft_remarks(), contextlib.suppress(Exception):
+    with peft_remarks(), contextlib.suppress(Exception):
         Recorder(skeleton.model, lora, _ADAPTER, low_cpu_mem_usage=True)
     return refused
 

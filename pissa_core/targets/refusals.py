@@ -69,7 +69,8 @@ def _matrix(layer: Injected, names: Names) -> Matrix:
     )
 
 
-def _wrong_kind(layer: Injected, _: Names) -> _Objection | None:
+def wrong_kind(layer: Injected, _: Names) -> _Objection | None:
+    """Object to a layer that is no matrix its module multiplies by."""
     kind = type(layer.base).__name__
     if isinstance(layer.base, (nn.Linear, Conv1D)):
         plain = type(layer.base).forward in (nn.Linear.forward, Conv1D.forward)
@@ -115,7 +116,8 @@ def _owner(layer: Injected) -> str:
     return type(layer.parent).__name__
 
 
-def _not_one_tensor(layer: Injected, names: Names) -> _Objection | None:
+def not_one_tensor(layer: Injected, names: Names) -> _Objection | None:
+    """Object to a layer whose weight is not exactly one tensor of the checkpoint."""
     stored = names.stored.get(layer.parameter, ())
     if not stored:
         return "ambiguous_name", (
@@ -137,7 +139,8 @@ def _converted(stored: tuple[Stored, ...]) -> bool:
     return any(each.converted for each in stored)
 
 
-def _wrong_dtype(layer: Injected, names: Names) -> _Objection | None:
+def wrong_dtype(layer: Injected, names: Names) -> _Objection | None:
+    """Object to a weight of a dtype that is not computed with."""
     tensor = names.stored[layer.parameter][0].tensor
     if tensor.dtype in DTYPES:
         return None
@@ -146,7 +149,8 @@ def _wrong_dtype(layer: Injected, names: Names) -> _Objection | None:
     )
 
 
-def _wrong_shape(layer: Injected, names: Names) -> _Objection | None:
+def wrong_shape(layer: Injected, names: Names) -> _Objection | None:
+    """Object to a tensor of another shape than config.json asks for."""
     tensor = names.stored[layer.parameter][0].tensor
     if tensor.shape == names.shapes[layer.parameter] and len(tensor.shape) == 2:
         return None
@@ -167,12 +171,12 @@ def _rank_too_large(layer: Injected, names: Names) -> _Objection | None:
 
 
 _CHECKS: tuple[Callable[[Injected, Names], _Objection | None], ...] = (
-    _wrong_kind,
+    wrong_kind,
     _tied,
     _bypassed,
-    _not_one_tensor,
-    _wrong_dtype,
-    _wrong_shape,
+    not_one_tensor,
+    wrong_dtype,
+    wrong_shape,
     _rank_too_large,
 )
 

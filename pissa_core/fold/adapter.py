@@ -1,0 +1,103 @@
+"""An adapter as stock PEFT saves it, read from headers: its config, its tensors, its checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pissa_core.errors import HeaderInvalid, UnsupportedAdapter
+from pissa_core.layout import TensorInfo, read_header
+from pissa_core.ports import CheckpointSource
+from pissa_core.tensorfile import CHUNK
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_LARGEST_CONFIG = 16 << 20
+
+DECOMPOSES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How the values of `init_lora_weights` begin that make PEFT change the base when it loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An adapter in a folder of its own; its weights stay where they are until asked for."""
+
+    source: CheckpointSource
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """Yield the bytes of one tensor, piece by piece."""
+        tensor = self.tensors[key]
+        for start in range(tensor.start, tensor.stop, CHUNK):
+            yield self.source.read(WEIGHTS, start, min(start + CHUNK, tensor.stop))
+
+
+def read_adapter(source: CheckpointSource) -> Adapter:
+    """Read config and header of the adapter at the root of `source`.
+
+    Raises:
+        UnsupportedAdapter: if there is none, or not one that is stored as LoRA in safetensors.
+        HeaderInvalid, ShardTruncated: if one of its files is damaged.
+    """
+    files = source.files()
+    if CONFIG not in files:
+        raise UnsupportedAdapter(
+            f"{source.ref} holds no adapter: it has no {CONFIG}", hint=_found_instead(files)
+        )
+    config = _read_config(source)
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedAdapter(
+            f"{source.ref} is an adapter of type {str(kind)[:40]!r}; only LORA is understood"
+        )
+    if WEIGHTS not in files:
+        raise UnsupportedAdapter(
+            f"{source.ref} has no {WEIGHTS}",
+            hint="save it again with a recent PEFT: save_pretrained writes safetensors",
+        )
+    header = read_header(source, WEIGHTS, files[WEIGHTS].size)
+    return Adapter(source, config, {tensor.name: tensor for tensor in header.tensors})
+
+
+def checksum(source: CheckpointSource, path: str) -> str:
+    """Return the sha256 of a file: the source's own word if it has one, else by reading it all."""
+    info = source.files()[path]
+    if info.sha256 is not None:
+        return info.sha256
+    digest = hashlib.sha256()
+    for start in range(0, info.size, CHUNK):
+        digest.update(source.read(path, start, min(start + CHUNK, info.size)))
+    return digest.hexdigest()
+
+
+def decomposes(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT, loading an adapter with this config, would decompose the base once more."""
+    init = config.get("init_lora_weights")
+    return isinstance(init, str) and init.lower().startswith(DECOMPOSES)
+
+
+def _read_config(source: CheckpointSource) -> dict[str, Any]:
+    size = source.files()[CONFIG].size
+    if size > _LARGEST_CONFIG:
+        raise HeaderInvalid(f"{CONFIG} holds {size} bytes; at most {_LARGEST_CONFIG} are read")
+    try:
+        config = json.loads(source.read(CONFIG).decode())
+    except (ValueError, RecursionError) as error:
+        raise HeaderInvalid(
+            f"{CONFIG} of {source.ref} is not valid JSON ({str(error)[:200]})",
+            hint="save the adapter again",
+        ) from error
+    if not isinstance(config, dict):
+        raise HeaderInvalid(f"{CONFIG} of {source.ref} holds a JSON {type(config).__name__}")
+    return config
+
+
+def _found_instead(files: Mapping[str, object]) -> str:
+    inside = sorted(path.rpartition("/")[0] for path in files if path.endswith(f"/{CONFIG}"))
+    if inside:
+        return f"there is one in the subfolder {inside[0]}; name it in the reference"
+    return "name the folder that PEFT's save_pretrained has written"

@@ -1,0 +1,136 @@
+"""Folding done to a shard: its matrices one by one, and the tensors an adapter stores whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pissa_core.decompose import ran_out_of_memory
+from pissa_core.errors import AccessError, OutOfMemory, PissaError, SourceChanged
+from pissa_core.events import MatrixDone
+from pissa_core.fold.adapter import WEIGHTS
+from pissa_core.fold.arithmetic import compare, fold_in
+from pissa_core.fold.planning import fold_bytes
+from pissa_core.plan import CarriedTensor, Fold, Matrix, Plan, ShardPlan, row_of
+from pissa_core.ports import CheckpointSource
+from pissa_core.runtime import Resolved
+from pissa_core.slots import run_in_slots
+from pissa_core.tensorfile import CHUNK, TORCH_DTYPES, PatchFile, empty, memory_of
+from pissa_core.workbench import Workbench
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a fold reads besides the residual model."""
+
+    adapter: CheckpointSource
+    original: CheckpointSource | None
+
+
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """Folds the adapter of a plan into what it is given."""
+
+    plan: Plan
+    fold: Fold
+    beside: Beside
+
+    def matrices(
+        self, matrices: list[Matrix], bench: Workbench, resolved: Resolved
+    ) -> Iterator[MatrixDone]:
+        """Fold the adapter into each matrix, several in flight; yield each as it is done."""
+        sized = [(matrix, fold_bytes(self.plan, matrix)) for matrix in matrices]
+        work = partial(self._matrix, bench=bench, device=resolved.device)
+        yield from run_in_slots(
+            work,
+            sized,
+            slots=resolved.slots,
+            budget=resolved.budget,
+            ran_out=ran_out_of_memory,
+            last_resort=partial(self._matrix, bench=bench, device=torch.device("cpu")),
+        )
+
+    def _matrix(self, matrix: Matrix, *, bench: Workbench, device: torch.device) -> MatrixDone:
+        began = time.perf_counter()
+        try:
+            row, merged = self._merged(matrix, bench.original(matrix), device)
+        except (MemoryError, RuntimeError) as error:
+            if ran_out_of_memory(error):
+                raise _out_of_memory(matrix, fold_bytes(self.plan, matrix)) from error
+            raise
+        bench.finish(matrix, merged, {}, row)
+        nbytes = matrix.stop - matrix.start
+        return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
+
+    def _merged(
+        self, matrix: Matrix, stored: Tensor, device: torch.device
+    ) -> tuple[dict[str, Any], Tensor]:
+        stored = stored.to(device)
+        a, b = (self._factor(key).to(device) for key in (matrix.key_a, matrix.key_b))
+        try:
+            weight = stored.t() if matrix.transposed else stored
+            share = fold_in(weight, b, a, scaling=matrix.scaling)
+        except PissaError as error:
+            raise type(error)(f"{matrix.tensor}: {error.message}", hint=error.hint) from error
+        merged = stored.cpu()
+        return row_of(matrix) | {"update": share} | self._likeness(matrix, merged), merged
+
+    def replace(self, shard: ShardPlan, copy: PatchFile) -> None:
+        """Write the tensors that the adapter stores whole over those of a shard."""
+        for tensor in self.fold.replaced:
+            if tensor.shard == shard.path:
+                self._replace(tensor, copy)
+
+    def _replace(self, tensor: CarriedTensor, copy: PatchFile) -> None:
+        piece = self.fold.pieces[tensor.key]
+        dtype, stored = TORCH_DTYPES[piece.dtype], TORCH_DTYPES[tensor.dtype]
+        position = tensor.start
+        for start in range(piece.start, piece.stop, CHUNK):
+            chunk = bytearray(min(CHUNK, piece.stop - start))
+            self.beside.adapter.read_into(WEIGHTS, start, memoryview(chunk))
+            values = torch.frombuffer(chunk, dtype=dtype).to(stored)
+            copy.write(position, memory_of(values))
+            position += values.nbytes
+
+    def _factor(self, key: str) -> Tensor:
+        piece = self.fold.pieces[key]
+        rows, columns = piece.shape
+        tensor, buffer = empty((rows, columns), piece.dtype)
+        self.beside.adapter.read_into(WEIGHTS, piece.start, buffer)
+        return tensor
+
+    def _likeness(self, matrix: Matrix, merged: Tensor) -> dict[str, Any]:
+        """Hold a merged matrix against the original's, where there is one to hold it against."""
+        original = self.beside.original
+        if original is None:
+            return {}
+        theirs, buffer = empty(matrix.shape, matrix.dtype)
+        shard, start = self.fold.places[matrix.tensor]
+        try:
+            original.read_into(shard, start, buffer)
+        except AccessError as error:
+            raise SourceChanged(
+                f"{shard} of the original can no longer be read: {error.message}",
+                hint="run again: without the original, nothing is held against it",
+            ) from error
+        found = compare(merged, theirs)
+        return {
+            "weights": merged.numel(),
+            "equal_weights": found.equal,
+            "max_ulps": found.max_ulps,
+            "recombination_error": found.distance,
+        }
+
+
+def _out_of_memory(matrix: Matrix, needed: int) -> OutOfMemory:
+    return OutOfMemory(
+        f"memory ran out at {matrix.tensor} {list(matrix.shape)}, which needs about {needed:,} "
+        "bytes",
+        hint="use fewer slots or a smaller memory budget, or a machine with more memory",
+    )
