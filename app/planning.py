@@ -46,11 +46,27 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make(asked: dict[str, Any]) -> Plan:
+    return _MAKERS[asked.get("kind", "base-to-pissa")](asked)
+
+
+def _conversion(asked: dict[str, Any]) -> Plan:
     from pissa_core.adapters import open_source
     from pissa_core.planning import make_plan
 
     source = open_source(parse_ref(asked["model"]))
     return make_plan(source, parse_config(asked["config"]), **asked["limits"])
+
+
+def _fold(asked: dict[str, Any]) -> Plan:
+    from pissa_core.adapters import open_source
+    from pissa_core.fold.planning import make_fold_plan
+
+    limits = {name: asked["limits"].get(name) for name in ("slots", "memory_budget")}
+    sources = (open_source(parse_ref(asked[name])) for name in ("residual", "adapter"))
+    return make_fold_plan(*sources, open_source, **limits)
+
+
+_MAKERS = {"base-to-pissa": _conversion, "pissa-to-base": _fold}
 
 
 def _end_with_parent() -> None:

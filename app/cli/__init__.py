@@ -18,7 +18,7 @@ import click
 from app.cli.client import cancel, jobs, resume, submit, watch
 from app.cli.errors import ExitStatus, report
 from app.cli.fetch import fetch
-from app.cli.local import convert, plan
+from app.cli.local import convert, plan, to_base
 from app.cli.service import serve, worker
 from app.cli.to_lora import to_lora
 
@@ -31,8 +31,8 @@ DEBUG = "--debug"
 def pissa(debug: bool) -> None:
     """Turn a Hugging Face checkpoint into its PiSSA form, here or by a service.
 
-    plan, convert and to-lora work in this process. serve and worker run the service; submit,
-    jobs, watch, cancel, resume and fetch talk to one at PISSA_URL (default
+    plan, convert, to-lora, to-base and verify work in this process. serve and worker run the
+    service; submit, jobs, watch, cancel, resume and fetch talk to one at PISSA_URL (default
     http://127.0.0.1:8000).
 
     Exit status: 0 done, 1 failed, 2 refused before anything was opened, 130 interrupted.
@@ -43,6 +43,7 @@ for _command in (
     plan,
     convert,
     to_lora,
+    to_base,
     serve,
     worker,
     submit,

@@ -17,6 +17,7 @@ import click
 from app.cli import tables
 from app.cli.conversion import Conversion
 from app.cli.errors import ExitStatus, on_interrupt
+from app.cli.folding import FoldingRun
 from app.cli.options import budget_options, config_options, device_option, json_option
 from app.cli.outputs import options_of, output_options, required_output
 from app.cli.planner import plan_in_child
@@ -105,6 +106,45 @@ def convert(
         return
     tables.print_result(result.as_dict())
     print(f"\n{tables.loading_snippet(*result.how_to_load())}")
+
+
+@click.command("to-base")
+@click.option("--residual", required=True, metavar="REF", help="The residual model.")
+@click.option("--adapter", required=True, metavar="REF", help="The initial or a trained adapter.")
+@click.option("--out", required=True, metavar="REF", help="Where the result goes.")
+@device_option
+@budget_options
+@json_option
+@click.pass_obj
+def to_base(
+    settings: dict[str, Any],
+    *,
+    residual: str,
+    adapter: str,
+    out: str,
+    device: str,
+    limits: dict[str, int | None],
+    as_json: bool,
+) -> None:
+    """Merge an adapter into its residual model; a plain model comes out.
+
+    With the initial adapter (pissa_init/ of the residual) it is the original again, with a trained
+    one the trained model. Interrupted at any moment, the same command goes on where it stopped.
+    """
+    job = FoldingRun(
+        parse_ref(residual),
+        parse_ref(adapter),
+        parse_ref(out),
+        device=device,
+        limits=limits,
+        debug=settings["debug"],
+    )
+    with on_interrupt(RESUME), _prompt_end(), _folder_hint(job.residual), display() as shown:
+        result = job.run(shown)
+    if as_json:
+        tables.print_json(result.as_dict())
+    else:
+        tables.print_folded(result.as_dict())
 
 
 @contextmanager

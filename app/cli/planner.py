@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
@@ -33,6 +33,10 @@ class Pending:
         Raises:
             PissaError: whatever the planner met, by its code.
         """
+        return Plan.from_json(self.text())
+
+    def text(self) -> str:
+        """Wait for the plan and return it as it was written, whatever its kind."""
         assert self.child.stdout is not None
         answer = self.child.stdout.read()
         status = self.child.wait()
@@ -41,7 +45,7 @@ class Pending:
         data = json.loads(answer)
         if "error" in data:
             raise error_from(**data["error"])
-        return Plan.from_json(data["plan"])
+        return str(data["plan"])
 
     def _crash(self, status: int) -> PissaError:
         if status == -9:
@@ -67,8 +71,18 @@ def planning(
 
     `limits` are those of `make_plan`; None leaves one to it.
     """
+    asked = {"model": model, "config": config.model_dump(mode="json")}
+    with asking(asked, debug=debug, **limits) as pending:
+        yield pending
+
+
+@contextmanager
+def asking(
+    asked: Mapping[str, object], *, debug: bool = False, **limits: int | None
+) -> Iterator[Pending]:
+    """Begin to plan work of any kind in a child process, which ends with the block."""
     given = {name: limit for name, limit in limits.items() if limit is not None}
-    asked = {"model": model, "config": config.model_dump(mode="json"), "limits": given}
+    question = json.dumps({**asked, "limits": given})
     with tempfile.TemporaryFile() as log:
         # A process group of its own: Ctrl-C is for the parent, which then ends the child.
         child = subprocess.Popen(
@@ -81,7 +95,7 @@ def planning(
         with child:
             try:
                 assert child.stdin is not None
-                child.stdin.write(json.dumps(asked).encode() + b"\n")
+                child.stdin.write(question.encode() + b"\n")
                 child.stdin.flush()
                 yield Pending(child, log)
             finally:

@@ -118,6 +118,21 @@ def print_result(result: Mapping[str, Any]) -> None:
     print_facts(facts)
 
 
+def print_folded(result: Mapping[str, Any]) -> None:
+    """Print the result of a fold."""
+    facts = {"output": result["output"], "matrices": str(result["matrices"])}
+    if result["replaced"]:
+        facts["taken whole"] = f"{result['replaced']} tensors"
+    if result["weights"]:
+        share = 100 * result["equal_weights"] / result["weights"]
+        facts["bit-equal to the original"] = f"{share:.4g} % of {result['weights']:,} weights"
+        facts["largest difference"] = f"{result['max_ulps']:,} units of the last place"
+        facts["largest ‖W − W₀‖ / ‖W₀‖"] = f"{result['max_recombination_error']:.3g}"
+    facts["time"] = duration(result["seconds"])
+    facts["peak memory"] = size(result["peak_memory_bytes"])
+    print_facts(facts)
+
+
 def loading_snippet(base: str, revision: str | None = None, model_class: str | None = None) -> str:
     """Say in Python how stock transformers and PEFT load the pair."""
     loader = model_class or "AutoModel"

@@ -1,0 +1,84 @@
+"""One fold in this process: a residual and an adapter in, a plain model out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from app.cli.conversion import Follower, Result
+from app.cli.planner import asking
+from app.cli.progress import Display, Snapshot
+from pissa_core.errors import SourceChanged
+from pissa_core.events import Event
+from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
+
+if TYPE_CHECKING:
+    from pissa_core.fold.work import Beside
+    from pissa_core.plan import Plan
+    from pissa_core.ports import CheckpointSink, CheckpointSource
+
+
+@dataclass(frozen=True, slots=True)
+class FoldingRun:
+    """One fold in this process, from what was asked to its result."""
+
+    residual: Ref
+    adapter: Ref
+    out: Ref
+    device: str
+    limits: Mapping[str, int | None]
+    debug: bool
+
+    def run(self, shown: Display) -> Result:
+        """Plan, fold, publish; show how far it is."""
+        began = time.monotonic()
+        shown.show(Snapshot("planning"))
+        asked = {"kind": "pissa-to-base", "residual": str(self.residual)}
+        asked["adapter"] = str(self.adapter)
+        with asking(asked, debug=self.debug, **self.limits) as pending:
+            from pissa_core.engine import carry_out
+            from pissa_core.runtime import Runtime, resolve
+
+            runtime = Runtime(self.device, self.limits["slots"], self.limits["memory_budget"])
+            resolve(runtime)
+            residual, adapter, sink = self._open()
+            made = pending.result()
+        follower = Follower(shown, made, began)
+        beside = _beside(made, residual, adapter)
+        events = carry_out(made, residual, sink, runtime, beside=beside)
+        with closing(cast("Generator[Event, None, None]", events)):
+            for event in events:
+                follower.take(event)
+        return follower.result()
+
+    def _open(self) -> tuple[CheckpointSource, CheckpointSource, CheckpointSink]:
+        from pissa_core.adapters import open_sink, open_source, request_digest
+
+        residual, adapter = open_source(self.residual), open_source(self.adapter)
+        where = str(resolve_local(self.out)) if isinstance(self.out, LocalRef) else str(self.out)
+        digest = request_digest("pissa-to-base", [residual, adapter], {}, where)
+        sink = open_sink(self.out, digest=digest)
+        for source in (residual, adapter):
+            sink.check(source)
+        return residual, adapter, sink
+
+
+def _beside(plan: Plan, residual: CheckpointSource, adapter: CheckpointSource) -> Beside:
+    from pissa_core.adapters import open_source
+    from pissa_core.fold.work import Beside
+
+    assert plan.fold is not None
+    states = (plan.commit, residual.commit), (plan.fold.adapter_commit, adapter.commit)
+    if any(planned != now for planned, now in states):
+        raise SourceChanged(
+            "the residual or the adapter moved to another commit while it was planned",
+            hint="run the command again",
+        )
+    original = plan.fold.original
+    if original is None:
+        return Beside(adapter, None)
+    ref = LocalRef(original) if original.startswith("/") else parse_ref(original)
+    return Beside(adapter, open_source(ref))
