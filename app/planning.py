@@ -12,12 +12,14 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from pissa_core.errors import OutOfMemory, PissaError
 from pissa_core.plan import Plan
 from pissa_core.refs import parse_ref
 from pissa_core.spec import parse_config
+from pissa_core.verify.case import Case
 
 
 def main() -> None:
@@ -45,7 +47,7 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
         return {"error": OutOfMemory("memory ran out while planning").as_dict()}
 
 
-def _make(asked: dict[str, Any]) -> Plan:
+def _make(asked: dict[str, Any]) -> Plan | Case:
     return _MAKERS[asked.get("kind", "base-to-pissa")](asked)
 
 
@@ -62,11 +64,25 @@ def _fold(asked: dict[str, Any]) -> Plan:
     from pissa_core.fold.planning import make_fold_plan
 
     limits = {name: asked["limits"].get(name) for name in ("slots", "memory_budget")}
-    sources = (open_source(parse_ref(asked[name])) for name in ("residual", "adapter"))
-    return make_fold_plan(*sources, open_source, **limits)
+    residual, adapter = (open_source(parse_ref(asked[name])) for name in ("residual", "adapter"))
+    return make_fold_plan(residual, adapter, open_source, **limits)
 
 
-_MAKERS = {"base-to-pissa": _conversion, "pissa-to-base": _fold}
+def _case(asked: dict[str, Any]) -> Case:
+    from pissa_core.adapters import open_source
+    from pissa_core.verify.asking import make_case
+
+    original, converted = (
+        open_source(parse_ref(asked[name])) for name in ("original", "converted")
+    )
+    return make_case(original, converted)
+
+
+_MAKERS: dict[str, Callable[[dict[str, Any]], Plan | Case]] = {
+    "base-to-pissa": _conversion,
+    "pissa-to-base": _fold,
+    "verify": _case,
+}
 
 
 def _end_with_parent() -> None:

@@ -18,7 +18,7 @@ import click
 from app.cli.client import cancel, jobs, resume, submit, watch
 from app.cli.errors import ExitStatus, report
 from app.cli.fetch import fetch
-from app.cli.local import convert, plan, to_base
+from app.cli.local import convert, plan, to_base, verify
 from app.cli.service import serve, worker
 from app.cli.to_lora import to_lora
 
@@ -44,6 +44,7 @@ for _command in (
     convert,
     to_lora,
     to_base,
+    verify,
     serve,
     worker,
     submit,

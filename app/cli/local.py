@@ -22,6 +22,7 @@ from app.cli.options import budget_options, config_options, device_option, json_
 from app.cli.outputs import options_of, output_options, required_output
 from app.cli.planner import plan_in_child
 from app.cli.progress import Snapshot, display
+from app.cli.verification import Verification, print_report
 from pissa_core.errors import AccessError, error_from
 from pissa_core.refs import HubRef, Ref, parse_ref
 from pissa_core.spec import parse_config
@@ -145,6 +146,27 @@ def to_base(
         tables.print_json(result.as_dict())
     else:
         tables.print_folded(result.as_dict())
+
+
+@click.command()
+@click.option("--original", required=True, metavar="REF", help="The model that was converted.")
+@click.option("--converted", required=True, metavar="REF", help="The output of the conversion.")
+@json_option
+@click.pass_obj
+def verify(settings: dict[str, Any], *, original: str, converted: str, as_json: bool) -> None:
+    """Check that a converted model is what it says and gives the original back.
+
+    Every file is read once. Exit status 0: passed; 1: a fault was found.
+    """
+    job = Verification(parse_ref(original), parse_ref(converted), debug=settings["debug"])
+    with _folder_hint(job.original), _folder_hint(job.converted), display() as shown:
+        report = job.run(shown)
+    if as_json:
+        tables.print_json(report)
+    else:
+        print_report(report)
+    if not report["passed"]:
+        raise click.exceptions.Exit(ExitStatus.FAILED)
 
 
 @contextmanager

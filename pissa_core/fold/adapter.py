@@ -28,39 +28,41 @@ class Adapter:
     source: CheckpointSource
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    weights: str = WEIGHTS
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """Yield the bytes of one tensor, piece by piece."""
         tensor = self.tensors[key]
         for start in range(tensor.start, tensor.stop, CHUNK):
-            yield self.source.read(WEIGHTS, start, min(start + CHUNK, tensor.stop))
+            yield self.source.read(self.weights, start, min(start + CHUNK, tensor.stop))
 
 
-def read_adapter(source: CheckpointSource) -> Adapter:
-    """Read config and header of the adapter at the root of `source`.
+def read_adapter(source: CheckpointSource, folder: str = "") -> Adapter:
+    """Read config and header of the adapter at the root of `source`, or in a folder of it.
 
     Raises:
         UnsupportedAdapter: if there is none, or not one that is stored as LoRA in safetensors.
         HeaderInvalid, ShardTruncated: if one of its files is damaged.
     """
     files = source.files()
-    if CONFIG not in files:
+    config_path, weights = (f"{folder}/{name}" if folder else name for name in (CONFIG, WEIGHTS))
+    if config_path not in files:
         raise UnsupportedAdapter(
-            f"{source.ref} holds no adapter: it has no {CONFIG}", hint=_found_instead(files)
+            f"{source.ref} holds no adapter: it has no {config_path}", hint=_found_instead(files)
         )
-    config = _read_config(source)
+    config = _read_config(source, config_path)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedAdapter(
             f"{source.ref} is an adapter of type {str(kind)[:40]!r}; only LORA is understood"
         )
-    if WEIGHTS not in files:
+    if weights not in files:
         raise UnsupportedAdapter(
-            f"{source.ref} has no {WEIGHTS}",
+            f"{source.ref} has no {weights}",
             hint="save it again with a recent PEFT: save_pretrained writes safetensors",
         )
-    header = read_header(source, WEIGHTS, files[WEIGHTS].size)
-    return Adapter(source, config, {tensor.name: tensor for tensor in header.tensors})
+    header = read_header(source, weights, files[weights].size)
+    return Adapter(source, config, {tensor.name: tensor for tensor in header.tensors}, weights)
 
 
 def checksum(source: CheckpointSource, path: str) -> str:
@@ -80,19 +82,19 @@ def decomposes(config: Mapping[str, Any]) -> bool:
     return isinstance(init, str) and init.lower().startswith(DECOMPOSES)
 
 
-def _read_config(source: CheckpointSource) -> dict[str, Any]:
-    size = source.files()[CONFIG].size
+def _read_config(source: CheckpointSource, path: str) -> dict[str, Any]:
+    size = source.files()[path].size
     if size > _LARGEST_CONFIG:
-        raise HeaderInvalid(f"{CONFIG} holds {size} bytes; at most {_LARGEST_CONFIG} are read")
+        raise HeaderInvalid(f"{path} holds {size} bytes; at most {_LARGEST_CONFIG} are read")
     try:
-        config = json.loads(source.read(CONFIG).decode())
+        config = json.loads(source.read(path).decode())
     except (ValueError, RecursionError) as error:
         raise HeaderInvalid(
-            f"{CONFIG} of {source.ref} is not valid JSON ({str(error)[:200]})",
+            f"{path} of {source.ref} is not valid JSON ({str(error)[:200]})",
             hint="save the adapter again",
         ) from error
     if not isinstance(config, dict):
-        raise HeaderInvalid(f"{CONFIG} of {source.ref} holds a JSON {type(config).__name__}")
+        raise HeaderInvalid(f"{path} of {source.ref} holds a JSON {type(config).__name__}")
     return config
 
 

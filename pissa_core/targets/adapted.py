@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,9 @@ def _check_fields(config: Mapping[str, Any]) -> None:
 
 
 def _wrap(skeleton: Skeleton, config: Mapping[str, Any]) -> PeftModel:
-    values = {name: config[name] for name in _MATTERS if config.get(name) is not None}
+    # Copied, since PEFT writes into the lists it is given.
+    given = {name: config[name] for name in _MATTERS if config.get(name) is not None}
+    values = copy.deepcopy(given)
     if not skeleton.native:
         values.pop("task_type", None)
     try:
