@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from app.cli.conversion import Follower, Result
+from app.cli.conversion import Follower, Result, noting, scratch_folder
 from app.cli.planner import asking
 from app.cli.progress import Display, Snapshot
 from pissa_core.errors import SourceChanged
@@ -18,7 +18,7 @@ from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
 if TYPE_CHECKING:
     from pissa_core.fold.work import Beside
     from pissa_core.plan import Plan
-    from pissa_core.ports import CheckpointSink, CheckpointSource
+    from pissa_core.ports import CheckpointSink, CheckpointSource, PublishOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +28,10 @@ class FoldingRun:
     residual: Ref
     adapter: Ref
     out: Ref
+    publish: PublishOptions
     device: str
-    limits: Mapping[str, int | None]
+    slots: int | None
+    memory_budget: int | None
     debug: bool
 
     def run(self, shown: Display) -> Result:
@@ -38,13 +40,14 @@ class FoldingRun:
         shown.show(Snapshot("planning"))
         asked = {"kind": "pissa-to-base", "residual": str(self.residual)}
         asked["adapter"] = str(self.adapter)
-        with asking(asked, debug=self.debug, **self.limits) as pending:
+        limits = {"slots": self.slots, "memory_budget": self.memory_budget}
+        with asking(asked, debug=self.debug, **limits) as pending:
             from pissa_core.engine import carry_out
             from pissa_core.runtime import Runtime, resolve
 
-            runtime = Runtime(self.device, self.limits["slots"], self.limits["memory_budget"])
+            runtime = Runtime(self.device, **limits)
             resolve(runtime)
-            residual, adapter, sink = self._open()
+            residual, adapter, sink = self._open(shown)
             made = pending.result()
         follower = Follower(shown, made, began)
         beside = _beside(made, residual, adapter)
@@ -54,13 +57,21 @@ class FoldingRun:
                 follower.take(event)
         return follower.result()
 
-    def _open(self) -> tuple[CheckpointSource, CheckpointSource, CheckpointSink]:
+    def _open(self, shown: Display) -> tuple[CheckpointSource, CheckpointSource, CheckpointSink]:
         from pissa_core.adapters import open_sink, open_source, request_digest
 
-        residual, adapter = open_source(self.residual), open_source(self.adapter)
+        residual, adapter = (
+            open_source(ref, on_wait=noting(shown)) for ref in (self.residual, self.adapter)
+        )
         where = str(resolve_local(self.out)) if isinstance(self.out, LocalRef) else str(self.out)
         digest = request_digest("pissa-to-base", [residual, adapter], {}, where)
-        sink = open_sink(self.out, digest=digest)
+        sink = open_sink(
+            self.out,
+            digest=digest,
+            scratch=None if isinstance(self.out, LocalRef) else scratch_folder(),
+            options=self.publish,
+            on_wait=noting(shown),
+        )
         for source in (residual, adapter):
             sink.check(source)
         return residual, adapter, sink

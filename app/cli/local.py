@@ -18,7 +18,14 @@ from app.cli import tables
 from app.cli.conversion import Conversion
 from app.cli.errors import ExitStatus, on_interrupt
 from app.cli.folding import FoldingRun
-from app.cli.options import budget_options, config_options, device_option, json_option
+from app.cli.options import (
+    budget_options,
+    config_options,
+    device_option,
+    json_option,
+    memory_budget_option,
+    slots_option,
+)
 from app.cli.outputs import options_of, output_options, required_output
 from app.cli.planner import plan_in_child
 from app.cli.progress import Snapshot, display
@@ -113,8 +120,10 @@ def convert(
 @click.option("--residual", required=True, metavar="REF", help="The residual model.")
 @click.option("--adapter", required=True, metavar="REF", help="The initial or a trained adapter.")
 @click.option("--out", required=True, metavar="REF", help="Where the result goes.")
+@output_options
 @device_option
-@budget_options
+@memory_budget_option
+@slots_option
 @json_option
 @click.pass_obj
 def to_base(
@@ -123,8 +132,10 @@ def to_base(
     residual: str,
     adapter: str,
     out: str,
+    publish: dict[str, Any],
     device: str,
-    limits: dict[str, int | None],
+    slots: int | None,
+    memory_budget: int | None,
     as_json: bool,
 ) -> None:
     """Merge an adapter into its residual model; a plain model comes out.
@@ -135,9 +146,11 @@ def to_base(
     job = FoldingRun(
         parse_ref(residual),
         parse_ref(adapter),
-        parse_ref(out),
+        required_output(out, publish),
+        publish=options_of(publish),
         device=device,
-        limits=limits,
+        slots=slots,
+        memory_budget=memory_budget,
         debug=settings["debug"],
     )
     with on_interrupt(RESUME), _prompt_end(), _folder_hint(job.residual), display() as shown:

@@ -37,7 +37,7 @@ class Verification:
         with asking(asked, debug=self.debug) as pending:
             from pissa_core.adapters import open_source
             from pissa_core.verify.case import Case
-            from pissa_core.verify.examine import Examined, examine
+            from pissa_core.verify.examine import Compared, Examined, examine
             from pissa_core.verify.report import make_report
 
             sources = [open_source(ref) for ref in (self.original, self.converted)]
@@ -54,10 +54,11 @@ class Verification:
             match event:
                 case ShardStarted():
                     within = 0
-                case MatrixDone():
-                    rows.append(event.row)
-                    within += event.nbytes
-                    self.pace.add(event.nbytes)
+                case MatrixDone(nbytes=nbytes) | Compared(nbytes=nbytes):
+                    within += nbytes
+                    self.pace.add(nbytes)
+                    if isinstance(event, MatrixDone):
+                        rows.append(event.row)
                 case Examined(finding):
                     findings.append(finding.as_dict())
                     done += finding.nbytes

@@ -127,6 +127,8 @@ def _folder(job: Job, settings: Settings) -> FilePath | None:
 
 def _published(job: Job, store: JobStore, folder: FilePath | None) -> dict[str, FileEntry]:
     """Return what the manifest names, and the manifest itself where it can be read."""
+    if job.kind == "verify":  # its report is all there is, and names files of the converted model
+        return {}
     named: dict[str, Any] = store.manifest(job.id)["files"]
     entries = {path: FileEntry(path=path, **info) for path, info in sorted(named.items())}
     manifest = _inside(folder, MANIFEST)

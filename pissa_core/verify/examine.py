@@ -52,6 +52,13 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """Some bytes of a tensor that is no target were compared."""
+
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Examined:
     """A unit is done."""
 
@@ -75,7 +82,7 @@ class Examiner:
         sizes = {shard.path: shard.size for shard in layout.shards}
         return cls(case, original, converted, layout.tensors, sizes)
 
-    def unit(self, path: str) -> Iterator[ShardStarted | MatrixDone | Examined]:
+    def unit(self, path: str) -> Iterator[ShardStarted | MatrixDone | Compared | Examined]:
         """Look at one unit."""
         targets = {m.tensor: m for m in self.case.matrices if m.shard == path}
         yield ShardStarted(path, len(targets), 0)
@@ -91,7 +98,7 @@ class Examiner:
 
     def _shard(
         self, path: str, targets: Mapping[str, Matrix], finding: Finding
-    ) -> Iterator[MatrixDone]:
+    ) -> Iterator[MatrixDone | Compared]:
         size = self.converted.files()[path].size
         tape, original = Tape(self.converted, path, 0, size), Original(self.original)
         try:
@@ -106,7 +113,7 @@ class Examiner:
             if matrix is not None:
                 yield self._target(matrix, tape, original, finding)
             else:
-                self._untouched(tensor, tape, original, finding)
+                yield from self._untouched(tensor, tape, original, finding)
         finding.files[path] = {"sha256": tape.digest.hexdigest(), "size": size}
         finding.count("files")
 
@@ -116,7 +123,7 @@ class Examiner:
 
     def _untouched(
         self, tensor: TensorInfo, tape: Tape, original: Original, finding: Finding
-    ) -> None:
+    ) -> Iterator[Compared]:
         theirs = self.tensors.get(tensor.name)
         if theirs is None or (theirs.dtype, theirs.shape) != (tensor.dtype, tensor.shape):
             # Said already, from the headers.
@@ -129,6 +136,7 @@ class Examiner:
             mine, wanted = tape.take(stop - start), other.take(stop - start)
             if differs is None and mine != wanted:
                 differs = start + first_difference(mine, wanted)
+            yield Compared(stop - start)
         finding.count("tensors")
         if differs is not None:
             finding.note(
@@ -235,7 +243,7 @@ def _matrix(data: bytearray, dtype: str, columns: int) -> Tensor:
 
 def examine(
     case: Case, original: CheckpointSource, converted: CheckpointSource
-) -> Iterator[ShardStarted | MatrixDone | Examined]:
+) -> Iterator[ShardStarted | MatrixDone | Compared | Examined]:
     """Look at every unit of a case in turn, in this process."""
     examiner = Examiner.of(case, original, converted)
     for unit in case.units:

@@ -148,6 +148,12 @@ class TaskStore:
             raise LeaseLost(job_id)
         return str(text)
 
+    def rows(self, job_id: str) -> dict[str, Any]:
+        """Return every row told so far, by the name it was told under."""
+        client = self.connection.client
+        stored: Any = self.connection.ask(lambda: client.hgetall(f"pissa:job:{job_id}:rows"))
+        return {name: json.loads(row) for name, row in stored.items()}
+
     def planned(self, claim: Claim, plan: Work, digest: str) -> None:
         """Store the plan and make a task of every shard; ends `prepare`."""
         self._write(
