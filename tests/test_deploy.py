@@ -1,5 +1,6 @@
 """Docker, compose and CI files: valid, closed to the outside, naming only what exists."""
 
+import json
 import os
 import re
 import shlex
@@ -9,14 +10,13 @@ import tomllib
 from itertools import chain
 from pathlib import Path
 
-import httpx2
 import pytest
-import yaml
+from compose import COMPOSE, DOCKERFILE, SERVICES, Unset, command, environment, filled
+
+from worker.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
 
 
 def run(*command: object, **options) -> subprocess.CompletedProcess:
@@ -25,7 +25,7 @@ def run(*command: object, **options) -> subprocess.CompletedProcess:
 
 
 def ours() -> dict[str, dict]:
-    return {name: body for name, body in COMPOSE["services"].items() if "build" in body}
+    return {name: body for name, body in SERVICES.items() if "build" in body}
 
 
 def test_compose_file_fits_the_schema():
@@ -49,16 +49,14 @@ def test_hadolint_has_nothing_to_say():
 
 
 def test_only_the_loopback_is_published_and_only_by_the_api():
-    published = {
-        name: body["ports"] for name, body in COMPOSE["services"].items() if "ports" in body
-    }
+    published = {name: body["ports"] for name, body in SERVICES.items() if "ports" in body}
     assert list(published) == ["api"]
     for port in published["api"]:
         assert port.startswith("127.0.0.1:")
 
 
 def test_keys_are_required_and_no_default_is_given():
-    api = COMPOSE["services"]["api"]["environment"]
+    api = SERVICES["api"]["environment"]
     assert api["PISSA_API_KEYS"].startswith("${PISSA_API_KEYS:?")
     for body in ours().values():
         assert body["environment"]["PISSA_SECRET_KEY"].startswith("${PISSA_SECRET_KEY:?")
@@ -79,7 +77,7 @@ def test_every_variable_of_the_compose_file_is_explained():
 
 
 def test_the_store_loses_nothing_and_is_reachable_from_inside_only():
-    valkey = COMPOSE["services"]["valkey"]
+    valkey = SERVICES["valkey"]
     words = " ".join(valkey["command"])
     for wanted in ("--appendonly yes", "--appendfsync always", "--maxmemory-policy noeviction"):
         assert wanted in words
@@ -96,7 +94,8 @@ def test_a_worker_for_cpu_and_one_for_gpu():
     devices = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert devices[0]["capabilities"] == ["gpu"]
     for body in services.values():
-        assert body["volumes"] == ["data:/data"]
+        assert body["volumes"] == ["data:/data", "${PISSA_MODELS:-models}:/models"]
+        assert "healthcheck" in body
         assert body["depends_on"]["valkey"]["condition"] == "service_healthy"
 
 
@@ -121,36 +120,45 @@ def test_the_image_holds_every_package_of_the_project():
     assert copied == packages
 
 
-@pytest.mark.parametrize("service", ["worker", "worker-gpu"])
-def test_the_commands_of_workers_exist(service):
-    command = COMPOSE["services"][service]["command"]
-    entry = re.search(r'^ENTRYPOINT \["(\w+)"\]', DOCKERFILE, re.MULTILINE)[1]
-    done = run(BIN / entry, command[0], "--help")
+@pytest.mark.parametrize("service", ["api", "worker", "worker-gpu"])
+def test_the_commands_of_the_containers_exist(service):
+    words = command(service)
+    done = run(BIN / words[0], words[1], "--help")
     assert done.returncode == 0, done.stderr
-    for word in command[1:]:
+    for word in words[2:]:
         assert not word.startswith("--") or word in done.stdout
 
 
-def test_the_command_of_the_api_serves_and_asks_for_a_key(tmp_path):
-    api = COMPOSE["services"]["api"]
-    command = [BIN / api["entrypoint"][0], *api["entrypoint"][1:], "--port", "0"]
-    environment = os.environ | {"PISSA_API_KEYS": "a-key-of-the-test", "PISSA_DATA_DIR": tmp_path}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        address = next(m[1] for line in process.stderr if (m := re.search(r"(http://\S+)", line)))
-        assert httpx2.get(f"{address}/livez").status_code == 200
-        assert httpx2.get(f"{address}/v1/jobs").status_code == 401
-        key = {"Authorization": "Bearer a-key-of-the-test"}
-        assert httpx2.get(f"{address}/v1/jobs", headers=key).json()["jobs"] == []
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
+def test_without_keys_compose_refuses_to_start():
+    with pytest.raises(Unset, match="PISSA_API_KEYS"):
+        environment("api", {"PISSA_SECRET_KEY": "x"})
+    told = environment("api", {"PISSA_SECRET_KEY": "x", "PISSA_API_KEYS": "k"})
+    assert told["HF_ENDPOINT"] == "https://huggingface.co"
+    assert told["PISSA_DATA_DIR"] == "/data"
+
+
+def test_the_root_of_the_containers_can_be_read_only():
+    """Everything they write lies on a volume or in memory."""
+    for body in ours().values():
+        assert body["read_only"] is True
+        places = [filled(volume, {}).split(":")[1] for volume in body["volumes"]] + body["tmpfs"]
+        told = environment("worker", {"PISSA_SECRET_KEY": "x"})
+        for name in ("PISSA_DATA_DIR", "PISSA_LOCAL_ROOT", "HF_HOME"):
+            assert any(Path(told[name]).is_relative_to(place) for place in places), name
+    volumes = re.search(r"^VOLUME (.+)$", DOCKERFILE, re.MULTILINE)[1]
+    for path in json.loads(volumes):
+        assert path in re.search(r"install -d .+", DOCKERFILE)[0].split()
+
+
+def test_every_setting_the_containers_get_is_one():
+    known = {f"PISSA_{name.upper()}" for name in Settings.model_fields}
+    for body in ours().values():
+        named = {name for name in body["environment"] if name.startswith("PISSA_")}
+        assert named <= known
 
 
 def test_the_healthcheck_of_the_api_asks_a_route_without_a_key():
-    test = COMPOSE["services"]["api"]["healthcheck"]["test"]
+    test = SERVICES["api"]["healthcheck"]["test"]
     compile(test[3], "healthcheck", "exec")
     assert "/livez" in test[3]
 

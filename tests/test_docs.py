@@ -1,6 +1,7 @@
 """What the documents say is what the code does: fields, settings, codes, commands, examples."""
 
 import functools
+import importlib.util
 import json
 import re
 import shlex
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from compose import COMPOSE, SERVICES
 from pydantic import TypeAdapter
 
 import app.cli.errors
@@ -22,6 +25,7 @@ from worker.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 README = (ROOT / "README.md").read_text()
+DEPLOY = (ROOT / "docs" / "deploy.md").read_text()
 CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -41,9 +45,9 @@ def code_blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-def bash_commands() -> list[list[str]]:
-    """Return every command of the README's bash blocks, as words."""
-    lines = "\n".join(code_blocks(README, "bash")).replace("\\\n", " ").splitlines()
+def bash_commands(text: str = README) -> list[list[str]]:
+    """Return every command of a document's bash blocks, as words."""
+    lines = "\n".join(code_blocks(text, "bash")).replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -103,10 +107,14 @@ def test_every_error_code_is_documented():
         assert ("retryable" in rows[code][0]) == error.retryable, code
 
 
-@pytest.mark.parametrize(
-    "words", [w for w in bash_commands() if w[0] == "pissa"], ids=lambda words: " ".join(words)
-)
-def test_the_commands_of_the_readme_exist(words):
+def pissa_commands() -> list[list[str]]:
+    """Return the commands of README and deploy.md that run `pissa`, without what they set."""
+    commands = [*bash_commands(), *bash_commands(DEPLOY)]
+    return [words[words.index("pissa") :] for words in commands if "pissa" in words]
+
+
+@pytest.mark.parametrize("words", pissa_commands(), ids=lambda words: " ".join(words))
+def test_the_commands_of_the_documents_exist(words):
     options = help_of(words[1])
     for word in words[2:]:
         if word.startswith("--"):
@@ -125,6 +133,37 @@ def test_the_make_targets_of_the_readme_exist(words):
 
 def test_the_readme_uses_no_other_programs():
     assert {words[0] for words in bash_commands()} == {"make", "pissa", "curl", "cp", "docker"}
+
+
+def test_what_deploy_says_of_containers_is_in_the_compose_file():
+    programs = ("up", "ps", "stop", "exec")
+    for words in bash_commands(DEPLOY):
+        if words[:2] == ["docker", "compose"]:
+            assert words[2] in programs
+            named = {word for word in words[3:] if not word.startswith("-")}
+            assert named - {"valkey-cli", "BGREWRITEAOF"} <= set(SERVICES), words
+    volumes = re.findall(r"-v pissa_(\w+):", DEPLOY)
+    assert set(volumes) == {"store", "data"} <= set(COMPOSE["volumes"])
+    loader = type("Tagged", (yaml.SafeLoader,), {})
+    loader.add_multi_constructor("!", lambda load, _, node: load.construct_sequence(node))
+    (block,) = code_blocks(DEPLOY, "yaml")
+    for name, body in yaml.load(block, loader)["services"].items():
+        assert body.get("extends", {"service": name})["service"] in SERVICES
+    for words in re.findall(r"`(?:args|exec): \[(.+?)\]`", DEPLOY):
+        program = [word.strip('" ') for word in words.split(",")]
+        if program[0] == "python":
+            assert importlib.util.find_spec(program[2])
+        else:
+            assert all(w in help_of(program[0]) for w in program if w.startswith("--"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_variable_that_is_named_exists(document):
+    known = {f"PISSA_{name.upper()}" for name in Settings.model_fields}
+    known |= {"PISSA_URL", "PISSA_API_KEY"}
+    known |= set(re.findall(r"^(PISSA_\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`(PISSA_[A-Z_]+)`", document.read_text()))
+    assert named <= known
 
 
 def test_the_bodies_of_the_readme_are_accepted():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 
 from api_tools import BODY, client_of
 from prometheus_client.parser import text_string_to_metric_families
@@ -124,6 +126,19 @@ def test_strangers_cannot_make_the_metrics_grow(make_app):
     for index in range(2, 20):
         knock(index)
     assert knock(20) == before
+
+
+def test_every_metric_is_documented_and_no_other(make_app, store):
+    store.connection.call("beat", name="played", record='{"device": "cpu", "queues": []}')
+    api = client_of(make_app())
+    families = text_string_to_metric_families(api.get("/metrics").text)
+    told = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in families
+        if not family.name.endswith("_created")
+    }
+    document = Path(__file__).parents[2] / "docs" / "deploy.md"
+    assert set(re.findall(r"`(pissa_\w+[a-z])[`{]", document.read_text())) == told
 
 
 def test_a_worker_s_peak_is_the_highest_of_its_tasks(make_app, store, worker):
