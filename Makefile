@@ -9,6 +9,8 @@ TORCH_INDEX ?=
 # A repo id or a folder for `make demo`; HUB=1 goes from Hub to Hub, on a Hub of our own
 MODEL ?=
 HUB ?=
+# FULL=1: `make bench-giant` with all 141 GB
+FULL ?=
 PYTEST_ARGS ?=
 # Of make test-chaos: how many rounds, and the seed of the first (replays a round that failed).
 ROUNDS ?=
@@ -20,7 +22,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: help setup demo test test-slow test-browser test-chaos check audit format bench clean
+.PHONY: help setup demo test test-slow test-browser test-chaos check audit format bench bench-giant clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,6 +33,7 @@ help:
 	@echo "make check         ruff and mypy; make format puts right what can be"
 	@echo "make audit         known weaknesses of the exact versions (asks pypi.org)"
 	@echo "make bench         measure against PEFT; writes benchmarks/results and benchmarks/README.md"
+	@echo "make bench-giant   a 70B shape from Hub to Hub: memory, disk, traffic (scaled down; FULL=1: all 141 GB)"
 	@echo "make clean         remove caches and what demo left"
 
 setup: $(STAMP)
@@ -73,6 +76,10 @@ format: setup
 bench: setup
 	$(foreach script,$(wildcard benchmarks/kernel.py),$(BIN)/python $(script))
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/summary.py
+
+bench-giant: setup
+	$(BIN)/python benchmarks/giant.py $(if $(FULL),--full)
 	$(BIN)/python benchmarks/summary.py
 
 # Known weaknesses of the exact versions; asks pypi.org, in a venv of its own.

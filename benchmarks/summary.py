@@ -36,6 +36,7 @@ def main() -> None:
     for path in sorted(RESULTS.glob("convert-*.json")):
         if not path.stem.endswith("-quick"):
             parts.append(chapter(path.stem, json.loads(path.read_text())))
+    parts += [giant(json.loads(path.read_text())) for path in sorted(RESULTS.glob("giant-*.json"))]
     parts += [path.read_text() for path in sorted(RESULTS.glob("kernel*.md"))]
     if len(parts) == 1:
         parts.append("No results are stored here yet: `make bench` makes them.\n")
@@ -111,6 +112,46 @@ def growth(records: list[dict]) -> str:
         for r in records
     ]
     return "\n".join(lines)
+
+
+def giant(result: dict) -> str:
+    """Tell how a giant went from Hub to Hub; one column a way through."""
+    machine, runs = result["machine"], result["runs"]
+    scaled = f", every side 1/{result['scale']}" if result["scale"] > 1 else ""
+    rows = {
+        "disk budget": [gigabytes(run["disk_budget"]) for run in runs],
+        "peak scratch disk": [gigabytes(run["peak_disk_bytes"]) for run in runs],
+        "peak memory": [gigabytes(run["peak_bytes"]) for run in runs],
+        "of it anonymous": [gigabytes(run["peak_anonymous_bytes"]) for run in runs],
+        "down, per byte of model": [f"{run['down_per_byte']:.3f}" for run in runs],
+        "up, per byte of model": [f"{run['up_per_byte']:.3f}" for run in runs],
+        "bytes of a shard fetched, at most": [
+            f"{run['downloads_of_a_shard']:.3f}×" for run in runs
+        ],
+        "uploads of a file, at most": [str(run["uploads_of_a_file"]) for run in runs],
+        "requests, commits": [f"{run['requests']}, {run['commits']}" for run in runs],
+        "plan": [f"{run['seconds']['plan']:.1f} s" for run in runs],
+        "whole process": [f"{run['wall_s']:.0f} s" for run in runs],
+        "its CPU time": [f"{run['cpu_s']:.0f} s" for run in runs],
+        "load of the machine as it ended": [f"{run['load']:.1f}" for run in runs],
+    }
+    lines = [
+        f"## A giant from Hub to Hub, {result['device']}: "
+        f"{machine['cores']} cores of {machine['processor']}",
+        f"A Llama 3 70B{scaled}: {gigabytes(runs[0]['model_bytes'])} in {runs[0]['shards']} shards "
+        f"of up to {gigabytes(runs[0]['largest_shard_bytes'])}, made on the fly by the test Hub, "
+        f"which swallows what is sent while hashing it. Layer {result['layer']} alone is "
+        f"converted, at rank {result['rank']}. `python benchmarks/giant.py` "
+        "(`--full`: unscaled).",
+        "\n".join(
+            [
+                f"| | {' | '.join(run['case'] for run in runs)} |",
+                "|---|" + "---:|" * len(runs),
+                *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
+            ]
+        ),
+    ]
+    return "\n\n".join(lines) + "\n"
 
 
 def draw(path: Path, records: list[dict]) -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,40 @@ def test_the_summary_has_a_row_a_contender(load):
     table = summary.table([record, ours]).splitlines()
     assert len(table) == 4
     assert "| 4.0× | 4.0× |" in table[3]
+
+
+@pytest.mark.slow
+def test_a_giant_goes_from_hub_to_hub_within_its_disk(load, tmp_path, monkeypatch):
+    giant, summary = load("giant"), load("summary")
+    bench = giant.Bench(tmp_path, scale=64, device="cpu", rank=4)
+    runs = [bench.run(case) for case in giant.CASES]
+    for run in runs:
+        assert run["shards"] == 30
+        assert 0 < run["peak_disk_bytes"] <= run["disk_budget"]
+        assert run["uploads_of_a_file"] == 1
+        assert run["matrices"] == 7
+    copied, passed, _ = runs
+    assert copied["shards_downloaded"] == 2
+    assert passed["shards_downloaded"] == 30
+    assert copied["up_per_byte"] < 0.5 < 0.99 < passed["up_per_byte"]
+    result = {"machine": load("measure").machine(), "device": "cpu", "runs": runs}
+    table = summary.giant({**result, "scale": 64, "layer": 40, "rank": 4})
+    assert "| uploads of a file, at most | 1 | 1 | 1 |" in table
+    assert "every side 1/64" in table
+
+
+def test_the_disk_a_folder_takes_is_seen_while_it_is_there(load, tmp_path):
+    giant = load("giant")
+    assert giant.disk_usage(tmp_path / "nothing") == 0
+    with giant.sampled(tmp_path) as disk:
+        (tmp_path / "inner").mkdir()
+        path = tmp_path / "inner" / "file"
+        path.write_bytes(b"x" * 1_000_000)
+        until = time.monotonic() + 60
+        while disk["peak"] < 1_000_000 and time.monotonic() < until:
+            time.sleep(0.01)
+        path.unlink()
+    assert 1_000_000 <= disk["peak"] < 1_100_000
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py")))
