@@ -74,8 +74,9 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(foreach script,$(wildcard benchmarks/kernel.py),$(BIN)/python $(script))
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/anatomy.py
+	$(BIN)/python benchmarks/kernel.py
 	$(BIN)/python benchmarks/summary.py
 
 bench-giant: setup

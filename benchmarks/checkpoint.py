@@ -33,6 +33,7 @@ class Shape:
     heads: int = 32
     key_value_heads: int = 4
     vocabulary: int = 32000
+    distinct: int | None = None  # layers with values of their own; the others repeat them
 
     def config(self) -> dict:
         return {
@@ -85,6 +86,15 @@ def heavy_tailed(m: int, n: int, generator: torch.Generator) -> torch.Tensor:
     return bulk.addmm_(left * strength, right).mul_(0.02 / math.sqrt(2))
 
 
+def source_of(name: str, distinct: int | None) -> str:
+    """Return the name whose values a tensor has: its own, or that of the layer it repeats."""
+    head, mark, rest = name.partition("model.layers.")
+    layer, dot, tail = rest.partition(".")
+    if distinct is None or not mark:
+        return name
+    return f"{head}{mark}{int(layer) % distinct}{dot}{tail}"
+
+
 def make_checkpoint(folder: Path, shape: Shape, *, shards: int = 1, seed: int = 0) -> Path:
     """Write the checkpoint unless it is there already; return its folder."""
     marker = folder / "config.json"  # written last
@@ -101,7 +111,7 @@ def make_checkpoint(folder: Path, shape: Shape, *, shards: int = 1, seed: int = 
             if len(groups) == 1
             else f"model-{number:05}-of-{len(groups):05}.safetensors"
         )
-        _write_shard(folder / path, group, seed)
+        _write_shard(folder / path, group, seed, shape.distinct)
         weight_map |= {name: path for name, _ in group}
     if len(groups) > 1:
         index = {"metadata": {"total_size": _nbytes(names)}, "weight_map": weight_map}
@@ -110,7 +120,9 @@ def make_checkpoint(folder: Path, shape: Shape, *, shards: int = 1, seed: int = 
     return folder
 
 
-def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], seed: int) -> None:
+def _write_shard(
+    path: Path, tensors: list[tuple[str, tuple[int, ...]]], seed: int, distinct: int | None
+) -> None:
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in tensors:
@@ -121,8 +133,13 @@ def _write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]], seed: i
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        repeated: dict[str, torch.Tensor] = {}
         for name, shape in tensors:
-            file.write(_values(name, shape, seed).view(torch.uint8).numpy())
+            source = source_of(name, distinct)
+            values = repeated[source] if source in repeated else _values(source, shape, seed)
+            if distinct is not None:
+                repeated[source] = values
+            file.write(values.view(torch.uint8).numpy())
 
 
 def _values(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 The contenders take turns on the same checkpoint (a round of all, then the next round); between
 two of them the output is removed and the disk is left to settle. Writes
-`benchmarks/results/convert-NAME.json`; `benchmarks/summary.py` makes tables of it.
+`benchmarks/results/convert-NAME.json` after each part (a rank, the exact SVD, the real model,
+growth); `benchmarks/summary.py` makes tables of it. A run that was cut short is taken up where it
+was by the same command.
 
-    python benchmarks/convert.py            everything: about half an hour on 2 cores
-    python benchmarks/convert.py --brief    against niter_16 alone; growth; ten minutes
-    python benchmarks/convert.py --quick    rank 16, one round, no growth
+    python benchmarks/convert.py            everything: a quarter of an hour on 2 quiet cores
+    python benchmarks/convert.py --brief    against niter_16 alone; growth; six minutes
+    python benchmarks/convert.py --quick    rank 16, one round, no growth; two minutes
+    python benchmarks/convert.py --fresh    forget what an earlier run that was cut short did
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ sys.path.insert(0, str(HERE.parent))
 LAYERS = 11
 RANKS = (16, 64, 128)
 COPY = "cp + fsync"
+NITER_16 = "PEFT pissa_niter_16"
+LOOSENED = "pissa convert, as inexact as niter_16"
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,33 @@ def pissa(rank: int, device: str, tolerance: float | None = None) -> Contender:
     return Contender(f"pissa convert, {label}", command, "pissa_init")
 
 
-def compare(bench: Bench, source: Path, rank: int, contenders: list[Contender]) -> list[dict]:
-    """Let the contenders take turns; return one record each, with every run in it."""
+def as_inexact_as_niter_16(rank: int, device: str, quality: dict[str, dict]) -> Contender:
+    """Return our conversion with the tolerance that PEFT's result, judged before, would need."""
+
+    def command(source: Path, out: Path) -> list[str]:
+        return pissa(rank, device, tolerance_of(quality)).command(source, out)
+
+    return Contender(LOOSENED, command, "pissa_init")
+
+
+def tolerance_of(quality: dict[str, dict]) -> float:
+    """Return what niter_16 missed, as a tolerance of two digits."""
+    return float(f"{quality[NITER_16]['missed']:.1e}")
+
+
+def compare(
+    bench: Bench,
+    source: Path,
+    rank: int,
+    contenders: list[Contender],
+    quality: dict[str, dict] | None = None,
+) -> list[dict]:
+    """Let the contenders take turns; return one record each, with every run in it.
+
+    `quality` is filled in the first round, as each is judged.
+    """
     runs: dict[str, list[Measured]] = {c.name: [] for c in contenders}
-    quality: dict[str, dict] = {}
+    quality = {} if quality is None else quality
     for turn in range(bench.rounds):
         for contender in contenders:
             out = bench.work / "out"
@@ -104,6 +132,7 @@ def record(name: str, rank: int, runs: list[Measured], quality: dict | None) -> 
         "peak_bytes": max(run.peak_bytes for run in runs),
         "peak_anonymous_bytes": max(run.peak_anonymous_bytes for run in runs),
         "quality": quality,
+        "phases": told(runs[0]),
         "work_s": statistics.median(work_seconds(run) for run in runs),
         "runs": [{k: v for k, v in asdict(run).items() if k != "stdout"} for run in runs],
     }
@@ -111,11 +140,18 @@ def record(name: str, rank: int, runs: list[Measured], quality: dict | None) -> 
 
 def work_seconds(run: Measured) -> float:
     """Return the time without imports and planning, as the process itself told it."""
-    if not run.stdout.startswith("{"):
+    phases = told(run)
+    if not phases:
         return run.wall_s
-    said = json.loads(run.stdout)
-    phases = said.get("phase_seconds", said)
     return sum(seconds for phase, seconds in phases.items() if phase not in ("import", "planning"))
+
+
+def told(run: Measured) -> dict[str, float]:
+    """Return the phases that a process told of itself; nothing for one that does not."""
+    if not run.stdout.startswith("{"):
+        return {}
+    said = json.loads(run.stdout)
+    return said.get("phase_seconds", said)
 
 
 def judge(bench: Bench, source: Path, adapter: Path, rank: int) -> dict:
@@ -129,34 +165,21 @@ def clear(out: Path) -> None:
     os.sync()
 
 
-def loosened(bench: Bench, source: Path, rank: int) -> float:
-    """Return niter_16's own accuracy on this checkpoint, as a tolerance of two digits."""
-    out = bench.work / "out"
-    run_measured(peft("pissa_niter_16", rank, bench.device).command(source, out))
-    missed = judge(bench, source, out / "pissa_init", rank)["missed"]
-    clear(out)
-    return float(f"{missed:.1e}")
-
-
 def at_rank(bench: Bench, source: Path, rank: int, *, brief: bool = False) -> list[dict]:
     """Compare at one rank, with our tolerance as it is and loosened to niter_16's accuracy."""
     print(f"{source.name}, rank {rank}", file=sys.stderr)
     device = bench.device
+    contenders = [copy(), pissa(rank, device), peft("pissa_niter_16", rank, device)]
     if brief:
-        contenders = [copy(), pissa(rank, device), peft("pissa_niter_16", rank, device)]
         return compare(bench, source, rank, contenders)
-    return compare(
-        bench,
-        source,
-        rank,
-        [
-            copy(),
-            pissa(rank, device),
-            pissa(rank, device, loosened(bench, source, rank)),
-            peft("pissa_niter_4", rank, device),
-            peft("pissa_niter_16", rank, device),
-        ],
-    )
+    quality: dict[str, dict] = {}
+    contenders.append(as_inexact_as_niter_16(rank, device, quality))
+    contenders.append(peft("pissa_niter_4", rank, device))
+    records = compare(bench, source, rank, contenders, quality)
+    for entry in records:
+        if entry["contender"] == LOOSENED:
+            entry["contender"] = f"pissa convert, tolerance {tolerance_of(quality):g}"
+    return records
 
 
 def against_exact(bench: Bench, source: Path, rank: int = 16) -> dict:
@@ -202,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="rank 16, one round, no growth")
     parser.add_argument("--brief", action="store_true", help="against PEFT's niter_16 alone")
+    parser.add_argument("--fresh", action="store_true", help="forget a run that was cut short")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
@@ -213,25 +237,64 @@ def main() -> None:
     clear(work / "out")
     bench = Bench(work, args.device, 1 if args.quick else args.rounds)
     source = bench.checkpoint(LAYERS)
-    result: dict = {
+    name = args.name or args.device.replace(":", "")
+    path = HERE / "results" / f"convert-{name}{'-quick' if args.quick else ''}.json"
+    facts = {
         "machine": machine(args.device),
         "device": args.device,
         "rounds": bench.rounds,
         "checkpoint_bytes": (source / "model.safetensors").stat().st_size,
-        "synthetic": [],
     }
+    parts = Parts(work / f"{path.stem}.partial.json", facts, fresh=args.fresh)
+    result: dict = {**facts, "synthetic": []}
     for rank in args.ranks[:1] if args.quick else args.ranks:
-        result["synthetic"] += at_rank(bench, source, rank, brief=args.brief)
+        fewer = bench if rank <= 16 else Bench(work, args.device, max(1, bench.rounds - 1))
+        brief = args.brief
+        result["synthetic"] += parts.do(
+            f"rank {rank}",
+            lambda: at_rank(fewer, source, rank, brief=brief),  # noqa: B023
+        )
+        write(path, result)
+    rest = {"exact": against_exact, "real": lambda bench, _: real_model(bench)}
+    rest = {} if args.quick or args.brief else rest
     if not args.quick:
-        result["growth"] = growth(bench)
-    if not args.quick and not args.brief:
-        result["exact"] = against_exact(bench, source)
-        result["real"] = real_model(bench)
-    name = args.name or args.device.replace(":", "")
-    path = HERE / "results" / f"convert-{name}{'-quick' if args.quick else ''}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+        rest["growth"] = lambda bench, _: growth(bench)
+    for part, measure in rest.items():
+        result[part] = parts.do(part, lambda: measure(bench, source))  # noqa: B023
+        write(path, result)
+    parts.forget()
     print(path)
+
+
+class Parts:
+    """What has been measured so far, on disk, so that a run that is cut short can be taken up."""
+
+    def __init__(self, path: Path, facts: dict, *, fresh: bool) -> None:
+        self._path = path
+        stored = {} if fresh or not path.exists() else json.loads(path.read_text())
+        same = stored.get("facts") == json.loads(json.dumps(facts))
+        self._stored = stored if same else {"facts": facts, "parts": {}}
+
+    def do(self, part: str, measure: Callable[[], object]) -> object:
+        """Return the measurements of a part; measure it unless that has been done."""
+        done = self._stored["parts"]
+        if part not in done:
+            done[part] = measure()
+            write(self._path, self._stored)
+        return done[part]
+
+    def forget(self) -> None:
+        """The whole is done."""
+        self._path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def write(path: Path, data: dict) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

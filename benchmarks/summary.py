@@ -37,6 +37,7 @@ def main() -> None:
         if not path.stem.endswith("-quick"):
             parts.append(chapter(path.stem, json.loads(path.read_text())))
     parts += [giant(json.loads(path.read_text())) for path in sorted(RESULTS.glob("giant-*.json"))]
+    parts += [anatomy(json.loads(path.read_text())) for path in RESULTS.glob("anatomy-*.json")]
     parts += [path.read_text() for path in sorted(RESULTS.glob("kernel*.md"))]
     if len(parts) == 1:
         parts.append("No results are stored here yet: `make bench` makes them.\n")
@@ -55,6 +56,8 @@ def chapter(stem: str, result: dict) -> str:
         f"### Synthetic checkpoint, {gigabytes(result['checkpoint_bytes'])}",
         table(result["synthetic"]),
     ]
+    if any(record.get("phases") for record in result["synthetic"]):
+        lines += ["Phases, as the processes tell them (first round):", phases(result["synthetic"])]
     if exact := result.get("exact"):
         lines += ["### Against the exact SVD", against_exact(exact)]
     if real := result.get("real"):
@@ -71,11 +74,8 @@ def table(records: list[dict]) -> str:
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for record in records:
-        peer = next(
-            r
-            for r in records
-            if r["rank"] == record["rank"] and r["contender"] == "PEFT pissa_niter_16"
-        )
+        peers = (r for r in records if r["contender"] == "PEFT pissa_niter_16")
+        peer = next((r for r in peers if r["rank"] == record["rank"]), None)
         quality = record["quality"] or {}
         lines.append(
             f"| {record['rank']} | {record['contender']} | {record['wall_s']:.1f} s "
@@ -83,9 +83,49 @@ def table(records: list[dict]) -> str:
             f"| {gigabytes(record['peak_bytes'])} "
             f"| {gigabytes(record['peak_anonymous_bytes'])} "
             f"| {share(quality.get('missed'))} | {share(quality.get('worst_sigma_error'))} "
-            f"| {peer['wall_s'] / record['wall_s']:.1f}× "
-            f"| {peer['peak_bytes'] / record['peak_bytes']:.1f}× |"
+            f"| {times(peer, record, 'wall_s')} | {times(peer, record, 'peak_bytes')} |"
         )
+    return "\n".join(lines)
+
+
+def times(peer: dict | None, record: dict, key: str) -> str:
+    return "–" if peer is None else f"{peer[key] / record[key]:.1f}×"
+
+
+def anatomy(result: dict) -> str:
+    """Say what a conversion's CPU time is spent on, and what follows for its wall time."""
+    ranks, cores = result["ranks"], result["cores"]
+    lines = [
+        "## Where the time goes\n",
+        "CPU seconds of the synthetic checkpoint's conversion, each piece measured alone on one "
+        "thread (`benchmarks/anatomy.py`). The last line is the least wall time there can be "
+        "here, with every piece overlapping every other. Imports and planning are the same at "
+        "every rank, which is why small ranks gain less: PEFT's own process pays them, too, but "
+        "has so much more to do after them.\n",
+        "| piece | " + " | ".join(f"rank {r['rank']}" for r in ranks) + " |",
+        "|---|" + "---:|" * len(ranks),
+    ]
+    for piece in ranks[0]["pieces"]:
+        lines.append(
+            f"| {piece} | " + " | ".join(f"{r['pieces'][piece]:.1f} s" for r in ranks) + " |"
+        )
+    sums = [sum(r["pieces"].values()) for r in ranks]
+    lines.append("| **all** | " + " | ".join(f"{s:.1f} s" for s in sums) + " |")
+    lines.append(
+        f"| **on {cores} cores, at best** | "
+        + " | ".join(f"{s / cores:.1f} s" for s in sums)
+        + " |"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def phases(records: list[dict]) -> str:
+    """Say what each process told of its phases."""
+    lines = ["| rank | contender | phases, seconds |", "|---:|---|---|"]
+    for record in records:
+        if told := record.get("phases"):
+            said = " · ".join(f"{name} {spent:.1f}" for name, spent in told.items())
+            lines.append(f"| {record['rank']} | {record['contender']} | {said} |")
     return "\n".join(lines)
 
 
