@@ -129,7 +129,8 @@ def _figures(plan: Plan, rows: Sequence[Row]) -> str:
             *lines,
             "",
             "*Energy*: the share of the squared Frobenius norm that lies in the adapter. *Missed*: "
-            "an upper estimate of the share of the best possible energy that is not in it. "
+            "an estimate from above, which is no proven bound, of the share of the best possible "
+            "energy that is not in it. "
             "*Recombination error*: ‖W − (R + scaling · B · A)‖ / ‖W‖ with everything as stored. "
             f"Trainable parameters: {parameters:,}. Each matrix has its own row in "
             "`pissa_manifest.json`.",

@@ -145,23 +145,29 @@ def test_another_error_is_not_taken_for_want_of_memory():
 
 
 SHORT_OF_MEMORY = """
-import resource, sys, time
+import resource, threading
 import torch
-from pissa_core.decompose import _ran_out_of_memory
+from pissa_core.decompose import ran_out_of_memory
 from pissa_core.slots import run_in_slots
 
+short = threading.Event()
+
 def work(n):
-    held = torch.ones(n, 64 << 20)  # 256 MB of float32 a row
-    time.sleep(0.05)
+    try:
+        held = torch.ones(n, 64 << 20)  # 256 MB of float32 a row
+    except RuntimeError:
+        short.set()
+        raise
+    short.wait(60)  # hold on to it until there was too little for another
     return n
 
 list(run_in_slots(lambda n: n, [(n, 1) for n in range(4)], slots=4, budget=9))
 pages = int(open("/proc/self/statm").read().split()[0])
-limit = pages * resource.getpagesize() + (900 << 20)
+limit = pages * resource.getpagesize() + (800 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-print(sorted(run_in_slots(work, [(1, 1)] * 6, slots=4, budget=9, ran_out=_ran_out_of_memory)))
+print(sorted(run_in_slots(work, [(1, 1)] * 6, slots=4, budget=9, ran_out=ran_out_of_memory)))
 try:
-    list(run_in_slots(work, [(9, 1)], slots=4, budget=9, ran_out=_ran_out_of_memory))
+    list(run_in_slots(work, [(9, 1)], slots=4, budget=9, ran_out=ran_out_of_memory))
 except RuntimeError as error:
     print("can't allocate memory" in str(error))
 """
