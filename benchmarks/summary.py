@@ -159,10 +159,10 @@ def giant(result: dict) -> str:
     machine, runs = result["machine"], result["runs"]
     scaled = f", every side 1/{result['scale']}" if result["scale"] > 1 else ""
     rows = {
-        "disk budget": [gigabytes(run["disk_budget"]) for run in runs],
-        "peak scratch disk": [gigabytes(run["peak_disk_bytes"]) for run in runs],
-        "peak memory": [gigabytes(run["peak_bytes"]) for run in runs],
-        "of it anonymous": [gigabytes(run["peak_anonymous_bytes"]) for run in runs],
+        "disk budget": [sized(run["disk_budget"]) for run in runs],
+        "peak scratch disk": [sized(run["peak_disk_bytes"]) for run in runs],
+        "peak memory": [sized(run["peak_bytes"]) for run in runs],
+        "of it anonymous": [sized(run["peak_anonymous_bytes"]) for run in runs],
         "down, per byte of model": [f"{run['down_per_byte']:.3f}" for run in runs],
         "up, per byte of model": [f"{run['up_per_byte']:.3f}" for run in runs],
         "bytes of a shard fetched, at most": [
@@ -178,11 +178,12 @@ def giant(result: dict) -> str:
     lines = [
         f"## A giant from Hub to Hub, {result['device']}: "
         f"{machine['cores']} cores of {machine['processor']}",
-        f"A Llama 3 70B{scaled}: {gigabytes(runs[0]['model_bytes'])} in {runs[0]['shards']} shards "
-        f"of up to {gigabytes(runs[0]['largest_shard_bytes'])}, made on the fly by the test Hub, "
+        f"A Llama 3 70B{scaled}: {sized(runs[0]['model_bytes'])} in {runs[0]['shards']} shards "
+        f"of up to {sized(runs[0]['largest_shard_bytes'])}, made on the fly by the test Hub, "
         f"which swallows what is sent while hashing it. Layer {result['layer']} alone is "
         f"converted, at rank {result['rank']}. `python benchmarks/giant.py` "
-        "(`--full`: unscaled).",
+        "(`--full`: unscaled). A load above the number of cores means that other work shared "
+        "them: then the seconds say little.",
         "\n".join(
             [
                 f"| | {' | '.join(run['case'] for run in runs)} |",
@@ -229,6 +230,10 @@ def short(contender: str) -> str:
 
 def gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB"
+
+
+def sized(nbytes: float) -> str:
+    return gigabytes(nbytes) if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def share(value: float | None) -> str:
