@@ -77,6 +77,7 @@ bench: setup
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/anatomy.py
 	$(BIN)/python benchmarks/kernel.py
+	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/summary.py
 
 bench-giant: setup

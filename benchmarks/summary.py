@@ -39,6 +39,7 @@ def main() -> None:
     parts += [giant(json.loads(path.read_text())) for path in sorted(RESULTS.glob("giant-*.json"))]
     parts += [anatomy(json.loads(path.read_text())) for path in RESULTS.glob("anatomy-*.json")]
     parts += [path.read_text() for path in sorted(RESULTS.glob("kernel*.md"))]
+    parts += [load(json.loads(path.read_text())) for path in sorted(RESULTS.glob("load-*.json"))]
     if len(parts) == 1:
         parts.append("No results are stored here yet: `make bench` makes them.\n")
     (HERE / "README.md").write_text("\n".join(parts))
@@ -64,6 +65,34 @@ def chapter(stem: str, result: dict) -> str:
         lines += ["### A real model: all-MiniLM-L6-v2, float32, 22 M parameters", table(real)]
     if grown := result.get("growth"):
         lines += ["### Growth: the same matrices, more layers", growth(grown)]
+    return "\n\n".join(lines) + "\n"
+
+
+def load(result: dict) -> str:
+    """Tell of the API under load."""
+    rows = [
+        "| asked | answers | median | 99th percentile |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {name} | {r['count']} | {r['p50_ms']:.0f} ms | {r['p99_ms']:.0f} ms |"
+            for name, r in (("status", result["reads"]), ("submission", result["submissions"]))
+        ),
+    ]
+    lines = [
+        f"## The API under load: {result['machine']['cores']} cores of "
+        f"{result['machine']['processor']}",
+        f"`load.py`: {result['jobs']} jobs queued, one worker computing, and for "
+        f"{result['seconds']:g} s {result['pollers']} pollers that ask once a second, "
+        f"{result['streams']} streams of events and one client that submits without a pause; all "
+        "on the same cores.",
+        "\n".join(rows),
+        f"Submissions a second: {result['filling_per_s']:.0f} by eight clients at once while "
+        f"nobody polls, {result['submissions_per_s']:.1f} by one client under the load. Processor "
+        f"time of the API: {result['api_cpu_ms_per_answer']:.1f} ms an answer, "
+        f"{result['api_cpu_share']:.0%} of one core. The machine's load average afterwards was "
+        f"{result['load_average']:.0f}: above 4, others had a share of it, and times waited are "
+        "theirs, too.",
+    ]
     return "\n\n".join(lines) + "\n"
 
 

@@ -188,6 +188,26 @@ def test_the_disk_a_folder_takes_is_seen_while_it_is_there(load, tmp_path):
     assert 1_000_000 <= disk["peak"] < 1_100_000
 
 
+def test_quantiles_are_those_of_the_times(load):
+    found = load("load").quantiles([0.001 * number for number in range(1, 102)])
+    assert found["count"] == 101
+    assert found["p50_ms"] == pytest.approx(51)
+    assert found["p99_ms"] == pytest.approx(100)
+
+
+def test_the_load_has_a_section_with_its_figures(load):
+    quantiles = {"count": 100, "p50_ms": 12.4, "p99_ms": 99.6}
+    result = {
+        "machine": {"cores": 2, "processor": "a CPU"}, "load_average": 3.0, "jobs": 1000,
+        "pollers": 100, "streams": 50, "seconds": 20.0, "filling_per_s": 200.0,
+        "reads": quantiles, "submissions": quantiles, "submissions_per_s": 9.5,
+        "api_cpu_ms_per_answer": 4.2, "api_cpu_share": 0.5,
+    }  # fmt: skip
+    text = load("summary").load(result)
+    assert "| status | 100 | 12 ms | 100 ms |" in text
+    assert "4.2 ms an answer" in text
+
+
 @pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py")))
 def test_every_script_compiles(script):
     source = (BENCHMARKS / script).read_text()
