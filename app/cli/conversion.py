@@ -55,10 +55,9 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields of REST's result."""
-        manifest = f"{self.output}/pissa_manifest.json" if self.output.startswith("/") else None
         return {
             "output": self.output,
-            "manifest": manifest,
+            "manifest": f"{self.output}/pissa_manifest.json",
             "seconds": round(self.seconds, 3),
             "phase_seconds": {name: round(s, 3) for name, s in self.phase_seconds.items()},
             "peak_memory_bytes": self.peak_memory_bytes,

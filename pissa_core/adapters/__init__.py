@@ -22,6 +22,7 @@ def open_source(
     root: Path | None = None,
     token: str | None = None,
     endpoint: str | None = None,
+    patient: bool = False,
     on_wait: Notice | None = None,
 ) -> CheckpointSource:
     """Open a checkpoint, pinned to the state it has now.
@@ -31,6 +32,7 @@ def open_source(
         root: the folder local references must stay below; None sets no limit.
         token: Hub token for this source alone; None uses the process's own.
         endpoint: the Hub's address; None uses the process's own.
+        patient: nobody waits for the answer, so a Hub that is away or busy is waited for.
         on_wait: told of every pause that the Hub makes necessary.
 
     Raises:
@@ -41,9 +43,10 @@ def open_source(
         from pissa_core.adapters.local import LocalSource
 
         return LocalSource(resolve_local(ref, root), root=root)
-    from pissa_core.adapters.hub import HubClient, HubSource
+    from pissa_core.adapters.hub import OPENING, TRANSFER, HubClient, HubSource
 
-    client = HubClient(token=token, endpoint=endpoint, on_wait=on_wait)
+    opening = TRANSFER if patient else OPENING
+    client = HubClient(token=token, endpoint=endpoint, opening=opening, on_wait=on_wait)
     return HubSource(ref, client=client)
 
 

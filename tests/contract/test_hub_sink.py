@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -206,12 +207,41 @@ def test_a_repo_with_content_of_its_own_is_refused(hub, open_hub_sink, files):
 
 def test_the_source_is_never_written_to(hub, open_hub, open_hub_sink):
     repo = hub.create_repo(OUT, files={"config.json": b"{}"})
-    token = hub.create_token("somebody")
-    source = open_hub(OUT, token)
+    somebodys_token = hub.create_token("somebody")
+    source = open_hub(OUT, somebodys_token)
+    pinned = open_hub(f"{OUT}@{source.commit}", somebodys_token)
+    with pytest.raises(OutputIsSource, match="same branch main"):
+        open_hub_sink(OUT, somebodys_token, overwrite=True).check(pinned)
     repo.commit({"later.txt": b""})
     with pytest.raises(OutputIsSource, match="same branch main"):
-        open_hub_sink(OUT, token, overwrite=True).check(source)
-    open_hub_sink(f"{OUT}@pissa", token).check(source)
+        open_hub_sink(OUT, somebodys_token, overwrite=True).check(source)
+
+
+def test_a_model_may_be_published_on_another_branch_of_its_own_repo(hub, open_hub, open_hub_sink):
+    hub.create_repo(OUT, files={"config.json": b"{}", "sub/folder/notes.txt": b""})
+    somebodys_token = hub.create_token("somebody")
+    source = open_hub(OUT, somebodys_token)
+    for _ in range(2):
+        sink = open_hub_sink(f"{OUT}@pissa", somebodys_token, overwrite=True)
+        sink.check(source)
+        seal_in(sink)
+        sink.publish(publication(source=source))
+        sink.discard()
+    assert set(contents_of(hub, OUT)) == {"config.json", "sub/folder/notes.txt"}
+    assert "manifest.json" in contents_of(hub, OUT, "pissa")
+
+
+def test_scratch_that_nobody_came_back_for_goes(hub, open_hub_sink, tmp_path):
+    somebodys_token = hub.create_token("somebody")
+    for digest in ("old", "young"):
+        with open_hub_sink(OUT, somebodys_token, digest=digest).attempt("a") as attempt:
+            (attempt.folder / "journal").write_text("half done")
+    left = tmp_path / "here" / "old"
+    for path in left.rglob("*"):
+        os.utime(path, (0, 0))
+    with open_hub_sink(OUT, somebodys_token).attempt("a"):
+        assert not list(left.glob("*/*/journal"))
+        assert list((tmp_path / "here" / "young").glob("*/*/journal"))
 
 
 @pytest.mark.parametrize(

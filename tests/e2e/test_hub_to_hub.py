@@ -220,6 +220,30 @@ def test_a_job_says_that_it_waits_and_its_token_is_found_nowhere(service, undist
     client.close()
 
 
+def test_the_command_publishes_a_folder_on_a_branch(service, tmp_path):
+    hub = service.hub
+    command = [sys.executable, "-m", "app.cli", "convert", str(service.folder / "model")]
+    command += ["--out", "somebody/cli", "--branch", "r4", "--private", "--rank", "4", "--json"]
+    environment = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_TOKEN": service.token,
+        "PISSA_DATA_DIR": str(tmp_path / "data"),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["somebody/cli"]
+    assert json.loads(done.stdout)["output"] == f"hf://somebody/cli@{repo.branches['r4']}"
+    assert repo.private
+    config = repo.resolve("r4").files["pissa_init/adapter_config.json"].blob
+    adapter = json.loads(config.read(0, config.size))
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("somebody/cli", "r4")
+    assert repo.resolve("main").files.keys() == {".gitattributes"}
+    again = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert again.returncode == 1
+    assert "error[output_exists]" in again.stderr
+    assert service.token not in done.stdout + done.stderr + again.stdout + again.stderr
+
+
 def _dump(url: str) -> list[bytes]:
     client = redis.Redis.from_url(url)
     found = [dumped for key in client.scan_iter() if (dumped := client.dump(key)) is not None]

@@ -160,7 +160,7 @@ class HubClient:
                 trouble = subject.unavailable("did not answer as a Hub does", passing=False)
                 raise trouble.error from error
 
-    def pin(self, repo_id: str, revision: str | None) -> Pinned:
+    def pin(self, repo_id: str, revision: str | None, patience: Patience | None = None) -> Pinned:
         """Return a model repo's commit and files, once reading them is known to be allowed.
 
         Raises:
@@ -168,16 +168,18 @@ class HubClient:
         """
         subject = self.subject(repo_id, revision)
         info = self.call(
-            lambda: self.api.model_info(repo_id, revision=revision, files_metadata=True), subject
+            lambda: self.api.model_info(repo_id, revision=revision, files_metadata=True),
+            subject,
+            patience,
         )
         if info.sha is None:
             raise subject.unavailable(f"named no commit of {repo_id}").error
         if info.gated:
             # Anybody may list a gated repo; who may read it is another question.
-            self.call(lambda: self.api.auth_check(repo_id), subject)
+            self.call(lambda: self.api.auth_check(repo_id), subject, patience)
         if len(info.siblings or ()) < _LISTED:
             return Pinned(info.sha, _files_of(info))
-        return Pinned(info.sha, self.call(lambda: self._tree(repo_id, info.sha), subject))
+        return Pinned(info.sha, self.call(lambda: self._tree(repo_id, info.sha), subject, patience))
 
     def _tree(self, repo_id: str, commit: str | None) -> dict[str, HubFile]:
         tree = self.api.list_repo_tree(repo_id, revision=commit, recursive=True)

@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from pissa_core.adapters.disk import disk_errors, make_folder
 from pissa_core.adapters.hub.changes import same
 from pissa_core.adapters.hub.client import HubClient, HubFile, Pinned
 from pissa_core.adapters.hub.publishing import Publisher, Target, is_occupied
 from pissa_core.adapters.hub.source import HubSource
-from pissa_core.adapters.hub.staging import Staging, sweep_stale
+from pissa_core.adapters.hub.staging import KEPT, Staging, sweep_stale
 from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, HubWriter
 from pissa_core.adapters.local.scratch import (
     adopt,
+    discard_old,
     discard_scratch,
     make_scratch,
     remove_scratch,
@@ -106,8 +108,10 @@ class HubSink:
         if private is None:
             self._writer.check_may_create()
         else:
+            there = self._writer.state(self._branch)
+            self._refuse_source(source, there)
             self._writer.check_may_write()
-            self._check_repo(source, private)
+            self._refuse_occupied(there, private)
             sweep_stale(self._writer, but=self._staging.branch)
         with disk_errors(self._scratch):
             make_folder(self._scratch.parent)
@@ -122,7 +126,7 @@ class HubSink:
 
     def adopt(self, shard: str, source: CheckpointSource, path: str) -> Seal | None:
         """Seal a shard that stays as it is by a copy within the Hub, if the Hub can."""
-        if not isinstance(source, HubSource) or source.endpoint != self._writer.client.endpoint:
+        if not self._is_on_this_hub(source):
             return None
         info = source.files()[path]
         if info.sha256 is None:
@@ -139,6 +143,7 @@ class HubSink:
         work = self._scratch / slug(shard)
         with disk_errors(work):
             make_folder(work)
+            discard_old(self._scratch.parent, KEPT)
             folder, lock = adopt(work) or make_scratch(work)
         try:
             yield HubAttempt(folder, self._staging)
@@ -195,17 +200,13 @@ class HubSink:
         target = Target(self._branch, self._options.overwrite, message)
         return Publisher(self._writer, self._staging, target, folder)
 
-    def _check_repo(self, source: CheckpointSource, private: bool) -> None:
+    def _refuse_occupied(self, there: Pinned | None, private: bool) -> None:
         if self._options.private and not private:
             raise OutputExists(
                 f"{self._repo_id} exists and is public, and a private output was asked for",
                 hint="make it private in its settings, name another repo, or leave private out",
             )
-        there = self._writer.state(self._branch)
-        if there is None:
-            return
-        self._refuse_source(source, there)
-        if self._options.overwrite or not is_occupied(there, self._writer):
+        if there is None or self._options.overwrite or not is_occupied(there, self._writer):
             return
         if self.published() is None:
             raise OutputExists(
@@ -214,16 +215,19 @@ class HubSink:
                 "output.overwrite of a job)",
             )
 
-    def _refuse_source(self, source: CheckpointSource, there: Pinned) -> None:
-        if not isinstance(source, HubSource) or source.endpoint != self._writer.client.endpoint:
+    def _refuse_source(self, source: CheckpointSource, there: Pinned | None) -> None:
+        if there is None or not self._is_on_this_hub(source):
             return
         if source.repo_id.lower() != self._repo_id.lower():
             return
-        if source.commit in {commit for commit, _ in self._writer.history(there.commit)}:
+        if source.commit == there.commit or (source.asked or DEFAULT_BRANCH) == self._branch:
             raise OutputIsSource(
                 f"output and source are the same branch {self._branch} of {self._repo_id}",
                 hint="name another repo, or a branch of its own; the source is never changed",
             )
+
+    def _is_on_this_hub(self, source: CheckpointSource) -> TypeGuard[HubSource]:
+        return isinstance(source, HubSource) and source.endpoint == self._writer.client.endpoint
 
     def _commit_after(self, parent: str, there: Pinned) -> str:
         """Return the commit that was put right after `parent`; later ones are somebody else's."""

@@ -48,6 +48,7 @@ class HubSource:
         pinned = self._client.pin(ref.repo_id, ref.revision)
         self._commit = pinned.commit
         self._ref = HubRef(ref.repo_id, self._commit, ref.subfolder)
+        self._asked = ref.revision
         self._prefix = f"{ref.subfolder}/" if ref.subfolder else ""
         self._entries = _below(self._prefix, pinned.files)
         if self._prefix and not self._entries:
@@ -78,6 +79,11 @@ class HubSource:
     def repo_id(self) -> str:
         """The repo."""
         return self._ref.repo_id
+
+    @property
+    def asked(self) -> str | None:
+        """The revision that was asked for (None: the default branch), before it was resolved."""
+        return self._asked
 
     @property
     def endpoint(self) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import (
@@ -35,6 +35,7 @@ from pissa_core.errors import NoWriteAccess, PissaError, RepoNotFound, RevisionN
 DEFAULT_BRANCH = "main"
 
 _STALE_PARENT = 412
+Answer = TypeVar("Answer")
 
 
 class Moved(Exception):
@@ -68,7 +69,7 @@ class HubWriter:
         """Whether the repo is private; None if there is none, or none that this token sees."""
         api = self.client.api
         try:
-            info = self.client.call(lambda: api.model_info(self.repo_id), self._reading())
+            info = self._ask(lambda: api.model_info(self.repo_id))
         except RepoNotFound:
             return None
         return bool(info.private)
@@ -76,7 +77,7 @@ class HubWriter:
     def state(self, branch: str) -> Pinned | None:
         """Return a branch's commit and files; None where there is no such branch, or repo."""
         try:
-            return self.client.pin(self.repo_id, branch)
+            return self.client.pin(self.repo_id, branch, self._patiences.transfer)
         except (RepoNotFound, RevisionNotFound):
             return None
 
@@ -93,7 +94,7 @@ class HubWriter:
             NoWriteAccess, TokenInvalid.
         """
         api = self.client.api
-        self.client.call(lambda: api.auth_check(self.repo_id, write=True), self._writing())
+        self._change(lambda: api.auth_check(self.repo_id, write=True))
 
     def check_may_create(self) -> None:
         """Ask whether the token may make the repo, which does not exist.
@@ -104,7 +105,7 @@ class HubWriter:
         subject = self._writing()
         if not subject.with_token:  # the client does not even ask
             raise subject.not_allowed()
-        who = self.client.call(self.client.api.whoami, subject)
+        who = self.client.call(self.client.api.whoami, subject, self._patiences.transfer)
         owner = self.repo_id.partition("/")[0]
         if not may_create(who, owner):
             raise NoWriteAccess(
@@ -139,15 +140,13 @@ class HubWriter:
     def branches(self) -> tuple[str, ...]:
         """Return the names of all branches."""
         api = self.client.api
-        refs = self.client.call(lambda: api.list_repo_refs(self.repo_id), self._reading())
+        refs = self._ask(lambda: api.list_repo_refs(self.repo_id))
         return tuple(ref.name for ref in refs.branches)
 
     def history(self, revision: str) -> list[tuple[str, datetime]]:
         """Return hash and time of every commit of a revision, newest first."""
         api = self.client.api
-        commits = self.client.call(
-            lambda: list(api.list_repo_commits(self.repo_id, revision=revision)), self._reading()
-        )
+        commits = self._ask(lambda: list(api.list_repo_commits(self.repo_id, revision=revision)))
         return [(commit.commit_id, commit.created_at) for commit in commits]
 
     def upload(self, files: Sequence[Outgoing], branch: str) -> list[CommitOperationAdd]:
@@ -166,7 +165,7 @@ class HubWriter:
                     self.repo_id, additions, revision=branch, num_threads=1, gitignore_content=""
                 )
 
-        self._change(send, self._patiences.transfer)
+        self._change(send)
         return additions
 
     def commit(self, change: Change, *, branch: str, parent: str) -> str:
@@ -244,11 +243,12 @@ class HubWriter:
             )
         return self._writing().unavailable("did not answer as a Hub does", passing=False).error
 
-    def _change(self, work: Callable[[], object], patience: Patience | None = None) -> None:
-        self.client.call(work, self._writing(), patience)
+    def _ask(self, work: Callable[[], Answer]) -> Answer:
+        subject = self.client.subject(self.repo_id, None)
+        return self.client.call(work, subject, self._patiences.transfer)
 
-    def _reading(self) -> Subject:
-        return self.client.subject(self.repo_id, None)
+    def _change(self, work: Callable[[], object]) -> None:
+        self.client.call(work, self._writing(), self._patiences.transfer)
 
     def _writing(self) -> Subject:
         return self.client.subject(self.repo_id, None, writing=True)

@@ -10,8 +10,10 @@ import json
 import os
 import secrets
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from pissa_core.adapters.disk import create_once, disk_errors, identity_of, sync_folder, try_lock
@@ -113,6 +115,19 @@ def discard_scratch(folder: Path) -> bool:
     remove_scratch(folder)
     os.close(lock)
     return False
+
+
+def discard_old(root: Path, age: timedelta) -> None:
+    """Remove scratch that dead attempts left below ``root/RESULT/SHARD/`` and nobody takes up."""
+    oldest = time.time() - age.total_seconds()
+    for folder in root.glob("*/*/*"):
+        with suppress(FileNotFoundError):  # another attempt does the same
+            if _last_written(folder) < oldest:
+                discard_scratch(folder)
+
+
+def _last_written(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 
 def remove_scratch(folder: Path) -> None:
