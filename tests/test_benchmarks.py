@@ -221,3 +221,34 @@ def test_the_checkpoint_script_is_a_command(tmp_path):
     )
     assert done.returncode == 0
     assert "--layers" in done.stdout
+
+
+def test_a_run_that_was_cut_short_is_taken_up(load, tmp_path):
+    convert, measured = load("convert"), []
+
+    def measure():
+        measured.append(len(measured))
+        return {"seconds": len(measured)}
+
+    path, facts = tmp_path / "parts.json", {"rounds": 1, "machine": {"cores": 2}}
+    first = convert.Parts(path, facts, fresh=False).do("rank 16", measure)
+    again = convert.Parts(path, facts, fresh=False)
+    assert again.do("rank 16", measure) == first
+    assert measured == [0]
+    again.do("rank 64", measure)
+    assert len(measured) == 2
+    convert.Parts(path, {**facts, "rounds": 3}, fresh=False).do("rank 16", measure)
+    convert.Parts(path, facts, fresh=True).do("rank 16", measure)
+    assert len(measured) == 4
+    convert.Parts(path, facts, fresh=False).forget()
+    assert not path.exists()
+
+
+def test_layers_that_repeat_have_the_values_of_the_first(load, tmp_path):
+    checkpoint = load("checkpoint")
+    sizes = {"hidden": 32, "intermediate": 48, "heads": 4, "key_value_heads": 2, "vocabulary": 64}
+    folder = checkpoint.make_checkpoint(tmp_path / "a", checkpoint.Shape(3, distinct=2, **sizes))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        q = [file.get_tensor(f"model.layers.{i}.self_attn.q_proj.weight") for i in range(3)]
+    assert torch.equal(q[0], q[2])
+    assert not torch.equal(q[0], q[1])
