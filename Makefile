@@ -78,6 +78,7 @@ bench: setup
 	$(BIN)/python benchmarks/anatomy.py
 	$(BIN)/python benchmarks/kernel.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/to_lora.py
 	$(BIN)/python benchmarks/summary.py
 
 bench-giant: setup

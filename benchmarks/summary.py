@@ -40,6 +40,7 @@ def main() -> None:
     parts += [anatomy(json.loads(path.read_text())) for path in RESULTS.glob("anatomy-*.json")]
     parts += [path.read_text() for path in sorted(RESULTS.glob("kernel*.md"))]
     parts += [load(json.loads(path.read_text())) for path in sorted(RESULTS.glob("load-*.json"))]
+    parts += [to_lora(json.loads(path.read_text())) for path in RESULTS.glob("to-lora.json")]
     if len(parts) == 1:
         parts.append("No results are stored here yet: `make bench` makes them.\n")
     (HERE / "README.md").write_text("\n".join(parts))
@@ -219,6 +220,25 @@ def giant(result: dict) -> str:
                 "|---|" + "---:|" * len(runs),
                 *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
             ]
+        ),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def to_lora(result: dict) -> str:
+    machine = result["machine"]
+    lines = [
+        f"## A trained adapter back to LoRA: {machine['cores']} cores of {machine['processor']}",
+        f"Adapters of a 70B Llama's shape, rank {result['rank']}, bfloat16, synthetic, made by "
+        "`to_lora.py`. *PEFT's way* is both adapters loaded, concatenated and saved, without the "
+        "base model that PEFT needs in memory besides; it does not sync what it writes.",
+        "| contender | layers | each adapter | time | CPU | peak memory | anonymous |\n"
+        "|---|---:|---:|---:|---:|---:|---:|\n"
+        + "\n".join(
+            f"| {r['contender']} | {r['layers']} | {gigabytes(r['adapter_bytes'])} "
+            f"| {r['wall_s']:.1f} s | {r['cpu_s']:.1f} s | {gigabytes(r['peak_bytes'])} "
+            f"| {gigabytes(r['peak_anonymous_bytes'])} |"
+            for r in result["records"]
         ),
     ]
     return "\n\n".join(lines) + "\n"
