@@ -110,8 +110,8 @@ def clear(out: Path) -> None:
 def record(contender: str, layers: int, nbytes: int, measured: Measured) -> dict:
     figures = {key: value for key, value in asdict(measured).items() if key != "stdout"}
     print(
-        f"  {contender:24} {layers:3} layers {measured.wall_s:7.1f} s, CPU {measured.cpu_s:6.1f} s, "
-        f"{measured.peak_bytes / 1e9:6.2f} GB",
+        f"  {contender:24} {layers:3} layers {measured.wall_s:7.1f} s, "
+        f"CPU {measured.cpu_s:6.1f} s, {measured.peak_bytes / 1e9:6.2f} GB",
         file=sys.stderr,
     )
     return {"contender": contender, "layers": layers, "adapter_bytes": nbytes, **figures}
@@ -138,7 +138,7 @@ def bench(work: Path, layers: int, shrink: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=HERE / ".work" / "to-lora")
+    parser.add_argument("--work", type=Path, default=HERE.parent / ".cache" / "to-lora")
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--shrink", type=int, default=1, help="divide every side by this")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "to-lora.json")

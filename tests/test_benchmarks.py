@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -138,6 +138,21 @@ def test_peft_as_a_contender_and_its_figures(load, tiny, tmp_path):
     # PEFT rounds its factors to bfloat16, ours are float32: that is all that differs here.
     assert 0 < peft["quality"]["missed"] < 1e-2
     assert ours["quality"]["missed"] < 1e-4
+
+
+def test_the_way_back_is_that_of_its_peer(load, tmp_path):
+    bench = load("to_lora")
+    for seed, name in enumerate(("trained", "initial")):
+        size = bench.make_adapter(tmp_path / name, layers=1, seed=seed, shrink=256)
+        assert (tmp_path / name / "adapter_model.safetensors").stat().st_size == size
+    results = {}
+    for run in (bench.ours, bench.peft):
+        assert run(tmp_path).wall_s > 0
+        results[run.__name__] = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        bench.clear(tmp_path / "out")
+    ours, peft = results["ours"], results["peft"]
+    assert ours.keys() == peft.keys()
+    assert all(torch.equal(tensor, peft[key]) for key, tensor in ours.items())
 
 
 def test_the_summary_has_a_row_a_contender(load):

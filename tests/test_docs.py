@@ -18,7 +18,7 @@ import app.cli.errors
 import app.errors
 import worker.errors
 from pissa_core.errors import all_errors
-from pissa_core.spec import PissaConfig, SvdConfig
+from pissa_core.spec import LoraOptions, PissaConfig, SvdConfig
 from worker.contract import JobRequest
 from worker.settings import Settings
 
@@ -81,6 +81,12 @@ def test_every_field_of_the_config_is_documented_with_its_default():
         if name == "lora_alpha":
             continue
         assert json.loads(rows[name][0].strip("`")) == default, name
+
+
+def test_every_option_of_a_lora_is_documented_with_its_default():
+    rows = table_rows("The options of pissa-to-lora")
+    said = {name: json.loads(cells[0].strip("`")) for name, cells in rows.items()}
+    assert said == LoraOptions().model_dump()
 
 
 def test_every_setting_is_documented_with_its_default():

@@ -99,6 +99,8 @@ function drawHead(head, job, reopen) {
       ["Energy captured", format.percent(job.result?.energy)],
       ["Most missed", format.small(job.result?.max_missed)],
       ["Worst recombination", format.small(job.result?.max_recombination_error)],
+      ["Most lost of an update", format.small(job.result?.max_lost)],
+      ["Ranks", job.result?.ranks && [...new Set(job.result.ranks)].join("–")],
       ["Attempts", job.attempts],
     ]),
     el("div", { class: "actions" }, actions(job, reopen)),

@@ -15,15 +15,19 @@ const COLUMNS = [
   ["Energy", (row) => format.percent(row.energy), true],
   ["Missed", (row) => format.small(row.missed), true],
   ["Recombination", (row) => format.small(row.recombination_error), true],
+  ["Lost", (row) => format.small(row.lost), true],
   ["Method", (row) => row.method, false],
 ];
 
 export async function manifestView(job) {
   const manifest = await api.manifest(job.id).catch(() => null);
   if (!manifest?.matrices?.length) return null;
+  // Each kind of job measures something else: a column nobody fills is left out.
+  const columns = COLUMNS.filter(([, value]) =>
+    manifest.matrices.some((row) => ![undefined, null, ""].includes(value(row))));
   const body = el("tbody", {});
   const show = (rows) => body.append(...rows.map((row) => el("tr", {},
-    COLUMNS.map(([, value, number]) => el("td", { class: number && "number" }, value(row) ?? "")))));
+    columns.map(([, value, number]) => el("td", { class: number && "number" }, value(row) ?? "")))));
   show(manifest.matrices.slice(0, ROWS_SHOWN));
   const rest = manifest.matrices.slice(ROWS_SHOWN);
   const more = rest.length > 0 && el("button", {
@@ -38,7 +42,7 @@ export async function manifestView(job) {
     await pictures(job, manifest),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "matrices" },
       el("table", { id: "matrices" },
-        el("thead", {}, el("tr", {}, COLUMNS.map(([name, , number]) =>
+        el("thead", {}, el("tr", {}, columns.map(([name, , number]) =>
           el("th", { scope: "col", class: number && "number" }, name)))),
         body)),
     more);
