@@ -233,7 +233,10 @@ def test_a_job_whose_ground_moved_is_planned_anew(
     do_prepare(tasks, job_id)
     do_shard(tasks, job_id, 0)
     other = take(tasks, job_id, "shard:1")
+    assert tasks.plan_text(job_id)
     tasks.retry(other, error, restart=True)
+    with pytest.raises(LeaseLost):
+        tasks.plan_text(job_id)
     again = store.get(job_id)
     assert (again.progress.shards.done, again.progress.matrices.done) == (0, 0)
     rounds(reaper, store, lambda: state(store, job_id, "prepare") != "delayed", "the new plan")
@@ -412,6 +415,8 @@ def test_a_planned_job_keeps_its_sealed_work_while_its_lease_changes_hands(
     claim = take(tasks, job_id, "prepare")
     tasks.planned(claim, make_plan(), DIGEST)
     assert Plan.from_json(tasks.plan_text(job_id)) == make_plan()
+    connection.client.delete(f"pissa:job:{job_id}:plan")
+    assert Plan.from_json(tasks.plan_text(job_id)) == make_plan(), "it is fetched once"
     assert connection.client.smembers(f"pissa:staging:{DIGEST}") == {job_id}
 
 

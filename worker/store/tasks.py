@@ -83,6 +83,7 @@ class TaskStore:
         self.connection = connection
         self._settings = settings
         self._worker = worker
+        self._plan: tuple[tuple[str, object], str] = ("", None), ""
 
     def claim(self, job_id: str, task: str, *, holder: str) -> Claim | None:
         """Take a task, or return None if it is done, held by another or no longer wanted.
@@ -142,11 +143,15 @@ class TaskStore:
         Raises:
             LeaseLost: if the job has none any more, being over or begun anew.
         """
-        client = self.connection.client
-        text = self.connection.ask(lambda: client.get(f"pissa:job:{job_id}:plan"))
-        if text is None:
-            raise LeaseLost(job_id)
-        return str(text)
+        client, job = self.connection.client, f"pissa:job:{job_id}"
+        planned_at = self.connection.ask(lambda: client.hget(job, "shards_at"))
+        # A plan of many shards is long, and each of them needs it.
+        if planned_at is None or self._plan[0] != (job_id, planned_at):
+            text = self.connection.ask(lambda: client.get(f"{job}:plan"))
+            if text is None:
+                raise LeaseLost(job_id)
+            self._plan = (job_id, planned_at), str(text)
+        return self._plan[1]
 
     def rows(self, job_id: str) -> dict[str, Any]:
         """Return every row told so far, by the name it was told under."""

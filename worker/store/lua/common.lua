@@ -108,17 +108,25 @@ local function drop_task(id, t)
   redis.call('HDEL', sub(id, 'tasks'), t)
 end
 
-local function make_ready(id, t, task)
-  unhook(id, t)
-  local queue = queue_of(id, t)
+local function put_ready(id, t, task)
   task.state, task.token, task.holder, task.worker = 'ready', nil, nil, nil
   task.since = now
   put_task(id, t, task)
   redis.call('ZADD', sub(id, 'ready'), order_of(t), t)
+end
+
+local function queue_up(id, queue)
   redis.call('SADD', 'pissa:queues', queue)
   if not redis.call('ZSCORE', 'pissa:turn:' .. queue, id) then
     redis.call('ZADD', 'pissa:turn:' .. queue, redis.call('INCR', 'pissa:turns'), id)
   end
+  touched[queue] = true
+end
+
+local function make_ready(id, t, task)
+  unhook(id, t)
+  put_ready(id, t, task)
+  queue_up(id, queue_of(id, t))
 end
 
 local function new_task() return { attempts = 0, lost = 0, retries = 0, bytes = 0, matrices = 0 } end

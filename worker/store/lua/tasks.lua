@@ -158,7 +158,9 @@ function ops.planned(a)
     return {}
   end
   set_phase(a.id, 'shards')
-  for index, _ in ipairs(a.shards) do make_ready(a.id, 'shard:' .. (index - 1), new_task()) end
+  -- There may be ten thousand, and nobody else is answered meanwhile: no call is made twice.
+  for index, _ in ipairs(a.shards) do put_ready(a.id, 'shard:' .. (index - 1), new_task()) end
+  if #a.shards > 0 then queue_up(a.id, get(a.id, 'work_queue')) end
   return {}
 end
 
