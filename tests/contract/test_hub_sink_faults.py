@@ -180,3 +180,24 @@ def test_a_shard_that_moved_under_us_is_not_published(hub, open_hub, open_hub_si
     sink.publish(publication(source=source, copies=("config.json",)))
     assert contents_of(hub, OUT)["config.json"] == b"old"
     assert shards_of(source) == []
+
+
+def test_what_the_hub_will_not_copy_is_sent_and_the_rest_not_again(hub, open_hub, open_hub_sink):
+    hub.cross_repo = True
+    large = bytes(range(256)) * (11 << 12)
+    hub.create_repo(IN, files={"config.json": b"{}", "sub/folder/notes.txt": large})
+    token, assembled = hub.create_token("somebody"), []
+
+    def adapter():
+        assembled.append("once")
+        yield bytes(2 << 20)
+
+    hub.faults.add(Fault("/lfs-files/duplicate$", "POST", status=404))
+    source, sink = open_hub(IN, token), open_hub_sink(OUT, token)
+    seal_in(sink)
+    sink.publish(publication(source=source, streams={"init/adapter.safetensors": adapter}))
+    contents = contents_of(hub, OUT)
+    assert contents["sub/folder/notes.txt"] == large
+    assert contents["init/adapter.safetensors"] == bytes(2 << 20)
+    assert assembled == ["once"]
+    assert set(hub.uploads.finished.values()) == {1}

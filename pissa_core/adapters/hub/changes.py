@@ -27,8 +27,7 @@ class Change:
     @property
     def copies_from_elsewhere(self) -> bool:
         """Whether a file is to come straight from another repo."""
-        copies = [op for op in self.operations if isinstance(op, CommitOperationCopy)]
-        return any(copy.src_repo_id is not None for copy in copies)
+        return any(is_from_elsewhere(operation) for operation in self.operations)
 
     def is_made(self, there: Pinned) -> bool:
         """Whether a tree holds all of it."""
@@ -55,3 +54,8 @@ def described(content: Path | bytes, *, sha256: str | None = None) -> HubFile:
     whole = content.read_bytes() if isinstance(content, Path) else content
     blob = hashlib.sha1(b"blob %d\0" % size + whole, usedforsecurity=False)
     return HubFile(size, blob.hexdigest(), sha256 or hashlib.sha256(whole).hexdigest())
+
+
+def is_from_elsewhere(operation: Operation) -> bool:
+    """Whether an operation copies a file from another repo."""
+    return isinstance(operation, CommitOperationCopy) and operation.src_repo_id is not None

@@ -15,7 +15,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationCopy, CommitOperationDelete
 
 from pissa_core.adapters.disk import file_info, write_stream
-from pissa_core.adapters.hub.changes import Change, Operation, described
+from pissa_core.adapters.hub.changes import Change, Operation, described, is_from_elsewhere
 from pissa_core.adapters.hub.client import HubFile, Pinned
 from pissa_core.adapters.hub.source import HubSource
 from pissa_core.adapters.hub.staging import Staging
@@ -87,11 +87,11 @@ class Publisher:
         staged = self._staging.state()
         if staged is None:
             raise Cancelled(f"the staging branch {self._staging.branch} was discarded meanwhile")
-        fixed = self._shards(contents, staged)
+        built = self._complete(self._shards(contents, staged), contents)
         try:
-            return self._show(self._complete(fixed, contents, copying=True), contents.marker)
+            return self._show(built, contents.marker)
         except CannotCopy:
-            return self._show(self._complete(fixed, contents, copying=False), contents.marker)
+            return self._show(self._without_copying(built, contents), contents.marker)
 
     def _shards(self, contents: Publication, staged: Pinned) -> _Built:
         built = _Built()
@@ -101,11 +101,10 @@ class Publisher:
             built.add(copy, HubFile(file.size, file.blob_id, seal.sha256))
         return built
 
-    def _complete(self, fixed: _Built, contents: Publication, *, copying: bool) -> _Built:
+    def _complete(self, built: _Built, contents: Publication) -> _Built:
         """Add what is no shard to the shards: copied, streamed, written last."""
-        built = _Built(list(fixed.operations), dict(fixed.wanted), dict(fixed.infos))
         for path in contents.copies:
-            file = large_file_of(contents, path, self._writer) if copying else None
+            file = large_file_of(contents, path, self._writer)
             if file is not None:
                 built.add(_copy_of(contents.source, path), file)
                 continue
@@ -120,6 +119,18 @@ class Publisher:
             built.small.append((Outgoing(path, content), FileInfo(len(content))))
         self._send_small(built)
         return built
+
+    def _without_copying(self, built: _Built, contents: Publication) -> _Built:
+        """Send here what the Hub does not copy from the source's repo; the rest is sent already."""
+        elsewhere = {op.path_in_repo for op in built.operations if is_from_elsewhere(op)}
+        kept = [op for op in built.operations if op.path_in_repo not in elsewhere]
+        again = _Built(kept, dict(built.wanted), dict(built.infos))
+        for path in sorted(elsewhere):
+            local = self._new_file()
+            contents.source.fetch(path, local)
+            self._send(again, path, local, file_info(local))
+        self._send_small(again)
+        return again
 
     def _new_file(self) -> Path:
         return self._folder / secrets.token_hex(8)
