@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pissa_core import engine
 from pissa_core.adapters import open_sink, open_source, request_digest, staging_digest
-from pissa_core.events import Event, Published
+from pissa_core.events import Event, MatrixDone, Published
 from pissa_core.fold.belonging import Open
 from pissa_core.fold.planning import make_fold_plan
 from pissa_core.fold.work import Beside
 from pissa_core.refs import LocalRef
 from pissa_core.runtime import Runtime
 from pissa_core.spec import parse_config
+from pissa_core.verify.asking import make_case
+from pissa_core.verify.case import Case
+from pissa_core.verify.examine import Examined, examine
+from pissa_core.verify.report import make_report
 
 
 def course_of(
@@ -68,3 +73,16 @@ def folding_of(
     return engine.carry_out(
         plan, source, sink, Runtime(device="cpu", **runtime), beside=Beside(beside, original)
     )
+
+
+def verified(original: Path, converted: Path) -> dict[str, Any]:
+    """Verify a pair in this process; return the report."""
+    sources = open_source(LocalRef(str(original))), open_source(LocalRef(str(converted)))
+    case = make_case(*sources)
+    assert Case.from_json(case.to_json()) == case
+    events = list(examine(case, *sources))
+    rows = [event.row for event in events if isinstance(event, MatrixDone)]
+    findings = [event.finding.as_dict() for event in events if isinstance(event, Examined)]
+    report = make_report(case, rows, findings)
+    json.dumps(report, allow_nan=False)
+    return report

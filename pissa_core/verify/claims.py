@@ -138,6 +138,9 @@ def figure_faults(
 
 def _differing(row: Mapping[str, Any], stated: Mapping[str, Any], share: float) -> Iterator[Fault]:
     error = row["recombination_error"]
+    if error is None:
+        yield Fault("figures", row["module"], "it holds numbers that are not finite")
+        return
     slack = {
         "energy": 2 * share * row["energy"] + 1e-12,
         "recombination_error": 1e-3 * error + 2.0**-24 * (row["rank"] + 8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -188,10 +189,12 @@ class Examiner:
     def _row(self, matrix: Matrix, found: Recombination) -> dict[str, Any]:
         sigma = found.sigma()
         captured, norm = sum(value * value for value in sigma), found.norm
+        # A weight that is not finite makes figures that JSON has no words for.
+        finite = math.isfinite(norm) and math.isfinite(found.error) and math.isfinite(captured)
         return row_of(matrix) | {
-            "sigma": sigma,
-            "energy": min(1.0, captured / norm / norm) if norm > 0 else 0.0,
-            "recombination_error": found.error,
+            "sigma": sigma if math.isfinite(captured) else [],
+            "energy": min(1.0, captured / norm / norm) if finite and norm > 0 else 0.0,
+            "recombination_error": found.error if finite else None,
             "bound_used": min(found.worst, 1e30),
             "passed": found.worst <= 1,
         }

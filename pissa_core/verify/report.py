@@ -88,11 +88,12 @@ def _check(name: str, checked: int, faults: Sequence[Fault]) -> dict[str, Any]:
 def _totals(case: Case, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     stated = case.manifest.get("totals")
     missed = stated.get("max_missed") if isinstance(stated, dict) else None
+    errors = [row["recombination_error"] for row in rows]
     return {
         "matrices": len(rows),
         "energy": energy_share(rows),
         # A full SVD would be needed to measure it anew.
         "max_missed": missed,
-        "max_recombination_error": max((row["recombination_error"] for row in rows), default=None),
+        "max_recombination_error": max(filter(None, errors), default=0.0 if rows else None),
         "max_bound_used": max((row["bound_used"] for row in rows), default=None),
     }
