@@ -1,0 +1,91 @@
+"""The way back over HTTP: residual, adapter and original on the Hub, read by ranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinymodels
+from conversions import checksums
+from hub.state import Hub
+
+from pissa_core.adapters import open_sink, open_source, request_digest
+from pissa_core.engine import carry_out, convert
+from pissa_core.errors import RepoNotFound
+from pissa_core.events import MatrixDone, Published
+from pissa_core.fold.planning import make_fold_plan
+from pissa_core.fold.work import Beside
+from pissa_core.refs import LocalRef, Ref, parse_ref
+from pissa_core.runtime import Runtime
+from pissa_core.spec import parse_config
+from pissa_core.verify.asking import make_case
+from pissa_core.verify.examine import Examined, examine
+from pissa_core.verify.report import make_report
+
+
+@pytest.fixture
+def pair(hub: Hub, tmp_path: Path) -> Path:
+    """An original and its converted form, both repos; returns the local copy of the latter."""
+    model = tinymodels.save_model(
+        "llama", tmp_path / "model", dtype="bf16", max_shard_size=tinymodels.SHARDED
+    )
+    hub.create_repo("org/tiny", model)
+    source = open_source(parse_ref("org/tiny"), endpoint=hub.endpoint)
+    sink = open_sink(LocalRef(str(tmp_path / "pair")), digest="pair")
+    list(convert(source, sink, parse_config({"rank": 4}), Runtime(device="cpu")))
+    hub.create_repo("me/pair", tmp_path / "pair")
+    return tmp_path / "pair"
+
+
+def report_of(hub: Hub, original: str, converted: str) -> dict[str, Any]:
+    sources = [open_source(parse_ref(ref), endpoint=hub.endpoint) for ref in (original, converted)]
+    case = make_case(*sources)
+    events = list(examine(case, *sources))
+    rows = [event.row for event in events if isinstance(event, MatrixDone)]
+    findings = [event.finding.as_dict() for event in events if isinstance(event, Examined)]
+    return make_report(case, rows, findings)
+
+
+def test_a_published_pair_is_verified_from_afar(hub, pair):
+    report = report_of(hub, "org/tiny", "me/pair")
+    assert [check for check in report["checks"] if check["faults"]] == []
+    assert report["passed"]
+    assert (
+        report["source"]["commit"]
+        == open_source(parse_ref("org/tiny"), endpoint=hub.endpoint).commit
+    )
+    with pytest.raises(RepoNotFound, match="me/nothing"):
+        report_of(hub, "org/tiny", "me/nothing")
+
+
+def test_a_pair_of_another_commit_of_the_original_is_a_fault(hub, pair, tmp_path):
+    other = tinymodels.save_model("llama", tmp_path / "other", dtype="fp16")
+    hub.create_repo("org/other", other)
+    report = report_of(hub, "org/other", "me/pair")
+    assert not report["passed"]
+    (fault,) = [f for c in report["checks"] for f in c["faults"] if f["where"] == "source"]
+    assert "hf://org/tiny@" in fault["what"]
+
+
+def test_residual_and_adapter_on_the_hub_become_the_original(hub, pair, tmp_path):
+    def open_other(ref: Ref):
+        return open_source(ref, endpoint=hub.endpoint)
+
+    residual = open_other(parse_ref("me/pair"))
+    adapter = open_other(parse_ref("hf://me/pair/pissa_init"))
+    plan = make_fold_plan(residual, adapter, open_other)
+    assert plan.fold.initial
+    assert plan.fold.original.startswith("hf://org/tiny@")
+    digest = request_digest(plan.kind, [residual, adapter], {}, "plain")
+    sink = open_sink(LocalRef(str(tmp_path / "plain")), digest=digest)
+    beside = Beside(adapter, open_other(parse_ref(plan.fold.original)))
+    events = list(carry_out(plan, residual, sink, Runtime(device="cpu"), beside=beside))
+    manifest = next(event.manifest for event in events if isinstance(event, Published))
+    assert manifest["totals"]["equal_weights"] > manifest["totals"]["weights"] / 2
+    assert manifest["original"]["commit"] == beside.original.commit
+    card = (tmp_path / "plain/README.md").read_text()
+    assert "base_model: org/tiny" in card
+    assert "me/pair" in card
+    assert not list(tmp_path.glob(".plain*"))
+    assert set(checksums(tmp_path / "plain")) == set(manifest["files"]) | {"pissa_manifest.json"}
