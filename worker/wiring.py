@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import TypeAdapter
 
 from pissa_core.adapters import open_sink, open_source
-from pissa_core.errors import InvalidRequest
+from pissa_core.errors import InvalidRequest, OutsideLocalRoot
 from pissa_core.ports import PublishOptions
 from pissa_core.refs import LocalRef, Ref, parse_ref
 from worker.connect import connect
@@ -60,9 +60,20 @@ class Context:
         return limits
 
     def source(self, claim: Claim, ref: str) -> CheckpointSource:
-        """Open a checkpoint with the job's own Hub token."""
+        """Open a checkpoint with the job's own Hub token.
+
+        Raises:
+            OutsideLocalRoot: for a folder that the service may not touch. Requests are checked
+                when they come; an adapter may name any path as its base.
+        """
+        found = trusted_ref(ref)
+        if isinstance(found, LocalRef) and self.settings.local_root is None:
+            raise OutsideLocalRoot(
+                f"{found.path!r} is a local folder, and this service takes Hub references only",
+                hint="the operator can allow one folder with PISSA_LOCAL_ROOT",
+            )
         return open_source(
-            trusted_ref(ref),
+            found,
             root=self.settings.local_root,
             token=self.vault.open(claim.sealed_token),
             on_wait=self._telling(claim),

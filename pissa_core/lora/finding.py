@@ -6,7 +6,6 @@ and the manifest lie.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,17 +13,19 @@ from typing import Any
 
 from pissa_core.errors import (
     AccessError,
+    HeaderInvalid,
     HubUnavailable,
     InvalidReference,
     OutsideLocalRoot,
     WrongBase,
 )
-from pissa_core.lora.adapter import CONFIG, read_config
+from pissa_core.lora.adapter import CONFIG, read_config, read_object
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref
 
 INITIAL = "pissa_init"
 MANIFEST = "pissa_manifest.json"
+_LARGEST_MANIFEST = 256 << 20
 _HINT = "name the initial adapter (--initial, in REST initial)"
 
 Opener = Callable[[Ref], CheckpointSource]
@@ -100,7 +101,7 @@ def base_of(config: Mapping[str, Any]) -> Ref | None:
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         return None
-    if name.startswith("/") or Path(name).is_dir():
+    if name.startswith("/") or _is_folder(name):
         return LocalRef(str(Path(name).absolute()))
     try:
         ref = parse_ref(name)
@@ -111,6 +112,13 @@ def base_of(config: Mapping[str, Any]) -> Ref | None:
     if isinstance(ref, HubRef) and isinstance(revision, str) and revision:
         return HubRef(ref.repo_id, revision, ref.subfolder)
     return ref
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # a name longer than any, or with a NUL in it
+        return False
 
 
 def parent_of(initial: Ref) -> Ref | None:
@@ -135,8 +143,7 @@ def _manifest_of(source: CheckpointSource) -> Mapping[str, Any] | None:
     if MANIFEST not in source.files():
         return None
     try:
-        manifest = json.loads(source.read(MANIFEST))
-    except ValueError:
+        manifest = read_object(source, MANIFEST, _LARGEST_MANIFEST)
+    except HeaderInvalid:
         return None
-    ours = isinstance(manifest, dict) and manifest.get("kind") == "base-to-pissa"
-    return manifest if ours else None
+    return manifest if manifest.get("kind") == "base-to-pissa" else None

@@ -105,15 +105,24 @@ def _listed(place: Place, manifest: Mapping[str, Any]) -> str:
         ) from error
 
 
+def _scalings(place: Place, manifest: Mapping[str, Any]) -> list[tuple[str, float]]:
+    try:
+        rows = manifest.get("matrices") or ()
+        return [(str(row["module"]), float(row["scaling"])) for row in rows]
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise HeaderInvalid(
+            f"{MANIFEST} of {place.source.ref} has a row that names no module and scaling"
+        ) from error
+
+
 def _check_rows(place: Place, manifest: Mapping[str, Any], initial: Adapter) -> None:
     """The file is the one listed: what is left is its config, which says the scalings."""
-    for row in manifest.get("matrices", ()):
-        pair = initial.pairs.get(str(row["module"]))
-        said = float(row["scaling"])
+    for module, said in _scalings(place, manifest):
+        pair = initial.pairs.get(module)
         if pair is None or abs(pair.scaling - said) > _SAME * said:
             found = "no such target" if pair is None else f"scaling {pair.scaling:.6g}"
             raise AdaptersDoNotMatch(
-                f"{row['module']} has scaling {said:.6g} in the manifest of {place.source.ref} "
+                f"{module} has scaling {said:.6g} in the manifest of {place.source.ref} "
                 f"and {found} in the initial adapter",
                 hint="its adapter_config.json was changed; take the one that was published",
             )
@@ -139,9 +148,10 @@ def _same(one: Ref, other: Ref) -> bool:
 
 
 def _from_manifest(place: Place, manifest: Mapping[str, Any]) -> Lineage:
-    named = manifest.get("source") or {}
+    named = manifest.get("source")
+    named = named if isinstance(named, dict) else {}
     text, commit = named.get("ref"), named.get("commit")
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or not text or not isinstance(commit, str | None):
         raise HeaderInvalid(f"{MANIFEST} of {place.source.ref} does not name its source")
     original = LocalRef(text) if text.startswith("/") else parse_ref(text)
     name = original.repo_id if isinstance(original, HubRef) else original.path

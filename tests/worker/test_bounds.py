@@ -1,13 +1,15 @@
-"""The operator's ceiling on model size: a job that names a larger checkpoint fails, a plan too."""
+"""What a worker refuses to open: more than the operator's ceiling, and folders out of bounds."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from store_tools import take
 from worker_tools import request, write_llama
 
-from pissa_core.errors import InvalidRequest
+from pissa_core.errors import InvalidRequest, OutsideLocalRoot
 from pissa_core.runtime import Runtime
 from worker.contract import Status
 from worker.runner import carry_out
@@ -15,6 +17,26 @@ from worker.settings import Settings
 from worker.store import JobStore, TaskStore
 from worker.vault import open_vault
 from worker.wiring import Context
+
+
+def test_what_no_request_names_stays_below_the_root_too(
+    tasks: TaskStore, store: JobStore, settings: Settings, model: Path, tmp_path: Path
+) -> None:
+    """An adapter names its base in a file, which no check of the request sees."""
+    job, _ = store.submit(request(model), owner="me")
+    claim = take(tasks, job.id, "prepare")
+    inside = context(settings, tasks, 10**9)
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (model.parent / "link").symlink_to(outside)
+    assert inside.source(claim, str(model)).files()
+    for path in (str(outside), "/etc", f"{model}/../../elsewhere", str(model.parent / "link")):
+        with pytest.raises(OutsideLocalRoot):
+            inside.source(claim, path)
+    hub_only = replace(inside, settings=settings.model_copy(update={"local_root": None}))
+    for path in (str(model), "/etc", "./model", "~", "file:///etc"):
+        with pytest.raises(OutsideLocalRoot):
+            hub_only.source(claim, path)
 
 
 @pytest.fixture
