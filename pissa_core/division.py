@@ -13,15 +13,12 @@ from typing import TypeVar
 
 from pissa_core.errors import DiskTooSmall
 from pissa_core.layout import Layout, Shard, TensorInfo
-from pissa_core.plan import CarriedTensor, Matrix, Plan, Run, ShardPlan
+from pissa_core.plan import IN_FLIGHT, CarriedTensor, Matrix, Plan, Run, ShardPlan
 from pissa_core.tensorfile import Entry, make_header
 from pissa_core.workbench import JOURNAL_BYTES, part_entries, row_bytes, scratch_bytes
 
 MAX_SHARD_SIZE = 5_000_000_000
 """Bytes of an output shard made by dividing; what the Hub's own tools long wrote."""
-
-IN_FLIGHT = 3
-"""Shards that lie on the disk together: one downloads, one computes, one uploads."""
 
 _Placed = TypeVar("_Placed", Matrix, CarriedTensor)
 _INDEX = "model.safetensors.index.json"

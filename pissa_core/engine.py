@@ -6,24 +6,25 @@ that into a progress bar, a log line or the state of a job. To stop, stop iterat
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
+from typing import cast
 
 from pissa_core.adapters.disk import disk_errors
+from pissa_core.admission import check_plan, is_elsewhere, traffic_of
 from pissa_core.assembly import publication
 from pissa_core.decompose import decompose
 from pissa_core.errors import (
     CheckpointError,
-    DiskTooSmall,
-    MemoryTooSmall,
     OutputError,
     PissaError,
     Refused,
     SourceChanged,
     TargetError,
     WayBackError,
-    error_from,
 )
 from pissa_core.events import (
     Event,
@@ -33,17 +34,19 @@ from pissa_core.events import (
     Publishing,
     ShardSealed,
     ShardStarted,
+    Waiting,
 )
-from pissa_core.fold.planning import fold_bytes
 from pissa_core.fold.result import folded_publication
 from pissa_core.fold.work import Beside, Folding
 from pissa_core.headstart import HeadStart
-from pissa_core.plan import Plan, ShardPlan
-from pissa_core.planning import make_plan, matrix_bytes
+from pissa_core.lanes import side_by_side
+from pissa_core.plan import IN_FLIGHT, Plan, ShardPlan
+from pissa_core.planning import make_plan, publish_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource, Seal
-from pissa_core.runtime import Resolved, Runtime, resolve
+from pissa_core.runtime import Runtime, resolve
 from pissa_core.spec import PissaConfig, parse_config
-from pissa_core.workbench import open_workbench, stays_as_it_is
+from pissa_core.traffic import ThreadGate, Traffic
+from pissa_core.workbench import open_workbench, scratch_bytes, stays_as_it_is
 
 
 def convert(
@@ -85,11 +88,8 @@ def carry_out(
     yield Planned(plan)
     try:
         if sink.published() is None:
-            for shard in plan.shards:
-                yield from run_shard(
-                    plan, shard.path, source, sink, runtime, head_start, beside=beside
-                )
-        yield from publish(plan, source, sink)
+            yield from _run_shards(plan, source, sink, runtime, head_start, beside)
+        yield from (e for e in publish(plan, source, sink, runtime) if not isinstance(e, Waiting))
     except PissaError as error:
         if is_hopeless(error):
             sink.discard()
@@ -102,32 +102,6 @@ def is_hopeless(error: PissaError) -> bool:
     return isinstance(error, kinds)
 
 
-def check_plan(
-    plan: Plan,
-    source: CheckpointSource,
-    sink: CheckpointSink,
-    runtime: Runtime,
-    *,
-    beside: Beside | None = None,
-) -> None:
-    """Refuse, before any weight is read, what cannot end well.
-
-    Raises:
-        PissaError: the first of the plan's refusals, an output that cannot take the result, or
-            a disk or memory budget that is too small for it.
-    """
-    if plan.refused:
-        first = plan.refused[0]
-        more = f" ({len(plan.refused) - 1} more are listed by the plan)" * (len(plan.refused) > 1)
-        raise error_from(first.code, f"{first.name}: {first.reason}{more}")
-    for read in (source,) if beside is None else (source, beside.adapter):
-        sink.check(read)
-    _check_disk(plan, sink)
-    resolved = resolve(runtime)
-    if runtime.memory_budget is not None:
-        _check_memory(plan, resolved)
-
-
 def run_shard(
     plan: Plan,
     shard: str,
@@ -137,7 +111,7 @@ def run_shard(
     head_start: HeadStart | None = None,
     *,
     beside: Beside | None = None,
-) -> Iterator[ShardStarted | MatrixDone | ShardSealed]:
+) -> Generator[Waiting | ShardStarted | MatrixDone | ShardSealed]:
     """Convert one shard: private copy, each matrix converted and patched in, both files sealed.
 
     A shard that is sealed already is not touched; matrices that a dead attempt finished are
@@ -152,7 +126,10 @@ def run_shard(
         yield ShardStarted(shard, count, 0)
         yield ShardSealed(shard, work.size, count)
         return
-    with sink.attempt(shard) as attempt, disk_errors(attempt.folder):
+    shared = traffic_of(runtime, sink)
+    with sink.attempt(shard) as attempt, disk_errors(attempt.folder), shared.passage(shard) as way:
+        yield from way.to_disk(scratch_bytes(plan, work), attempt.folder)
+        yield from way.to_line()
         folding = _folding(plan, beside)
         replace = None if folding is None else partial(folding.replace, work)
         with open_workbench(attempt.folder, plan, work, source, replace=replace) as bench:
@@ -168,18 +145,44 @@ def run_shard(
                 doing = decompose(missing, config, bench, resolve(runtime), head_start)
             else:
                 doing = folding.matrices(missing, bench, resolve(runtime))
+            yield from way.to_device() if missing else ()
+            way.fetched()
             for done in doing:
                 rows[done.row["tensor"]] = done.row
                 yield done
+            way.computed()
             ordered = tuple(rows[matrix.tensor] for matrix in work.matrices)
             seal = bench.close_shard(ordered, attempt.folder)
         attempt.seal(seal, attempt.folder / "shard", attempt.folder / "part")
     yield ShardSealed(shard, work.size, count)
 
 
+def _run_shards(
+    plan: Plan,
+    source: CheckpointSource,
+    sink: CheckpointSink,
+    runtime: Runtime,
+    head_start: HeadStart | None,
+    beside: Beside | None,
+) -> Iterator[MatrixDone | ShardStarted | ShardSealed]:
+    """Convert all shards, up to `IN_FLIGHT` of them side by side."""
+    lanes = min(IN_FLIGHT, len(plan.shards))
+    if lanes > 1 and runtime.traffic is None:
+        runtime = dataclasses.replace(runtime, traffic=Traffic(ThreadGate(), ThreadGate()))
+    streams = [
+        partial(run_shard, plan, shard.path, source, sink, runtime, head_start, beside=beside)
+        for shard in plan.shards
+    ]
+    events = side_by_side(streams, lanes=lanes) if lanes > 1 else streams[0]()
+    with closing(cast("Generator[Event]", events)):
+        for event in events:
+            if not isinstance(event, Waiting):
+                yield event
+
+
 def publish(
-    plan: Plan, source: CheckpointSource, sink: CheckpointSink
-) -> Iterator[Publishing | Published]:
+    plan: Plan, source: CheckpointSource, sink: CheckpointSink, runtime: Runtime
+) -> Iterator[Publishing | Waiting | Published]:
     """Write what is not shards, then make everything visible at once.
 
     Staged work goes when the iterator is asked for more after `Published`: by then the caller
@@ -189,7 +192,11 @@ def publish(
     if sink.published() is None:
         seals = tuple(_seal_of(sink, shard) for shard in plan.shards)
         contents = folded_publication if plan.fold else publication
-        sink.publish(contents(plan, source, sink, seals))
+        with traffic_of(runtime, sink).passage("") as way:
+            if is_elsewhere(sink):
+                sizes = {path: info.size for path, info in source.files().items()}
+                yield from way.to_disk(publish_bytes(plan, sizes), None)
+            sink.publish(contents(plan, source, sink, seals))
     yield Published(sink.ref, json.loads(sink.published() or b"{}"))
     sink.discard()
 
@@ -210,28 +217,3 @@ def _seal_of(sink: CheckpointSink, shard: ShardPlan) -> Seal:
             hint="run again: the shard will be converted anew",
         )
     return seal
-
-
-def _check_disk(plan: Plan, sink: CheckpointSink) -> None:
-    free = sink.free_bytes()
-    if free is not None and plan.estimate.peak_disk > free:
-        raise DiskTooSmall(
-            f"the output needs {plan.estimate.peak_disk:,} bytes of disk and {free:,} are free "
-            f"where {sink.ref} would lie",
-            hint="free some space, or choose an output on another disk",
-        )
-
-
-def _check_memory(plan: Plan, resolved: Resolved) -> None:
-    needs = partial(fold_bytes, plan)
-    if plan.fold is None:
-        method, rounding = plan.config["svd"]["method"], plan.config["rounding"]
-        needs = partial(matrix_bytes, method=method, rounding=rounding)
-    largest = max(plan.matrices, key=needs)
-    needed = needs(largest)
-    if needed > resolved.budget:
-        raise MemoryTooSmall(
-            f"{largest.tensor} {list(largest.shape)} needs {needed:,} bytes in flight and the "
-            f"memory budget is {resolved.budget:,}",
-            hint="raise --memory-budget, or exclude the module",
-        )

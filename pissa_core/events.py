@@ -17,6 +17,13 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """A shard waits for others to make room; said again and again, so that it can be left."""
+
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
 class ShardStarted:
     """A shard begins; `resumed` matrices of an earlier attempt are already done."""
 

@@ -15,6 +15,9 @@ from typing import Any
 
 SCHEMA = 1
 
+IN_FLIGHT = 3
+"""Shards under way together: one downloads, one computes, one uploads."""
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:

@@ -23,6 +23,8 @@ IMPORT_FOOTPRINT = 480_000_000
 Measured as the peak resident size on Linux with CPU builds (`tests/core/test_planning.py` holds
 it to what it is there); a CUDA context adds its own.
 """
+_SMALL = 1 << 20
+_REPORT_BYTES = 1 << 20  # card, pictures, index: what there is of them beside one row a matrix
 _UNKNOWN = Estimate(0, 0, 0, 0, 0)
 
 
@@ -129,6 +131,16 @@ def estimate(
         peak_disk=written + 2 * adapter + 3 * rows,
         peak_device_memory=in_flight("cuda"),
     )
+
+
+def publish_bytes(plan: Plan, sizes: Mapping[str, int]) -> int:
+    """Return the disk that publishing takes where nothing else of the result lies here.
+
+    The adapter and large files of the source lie here one at a time, small ones together.
+    """
+    files = [sizes[path] for path in plan.side_files]
+    small = sum(min(size, _SMALL) for size in files) + sum(row_bytes(m) for m in plan.matrices)
+    return max([plan.estimate.adapter, *files]) + small + _REPORT_BYTES
 
 
 def adapter_bytes(plan: Plan) -> int:

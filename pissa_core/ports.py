@@ -127,6 +127,10 @@ class CheckpointSink(Protocol):
             OutputExists, OutputIsSource, OutputInsideSource, NoWriteAccess.
         """
 
+    @property
+    def scratch_folder(self) -> Path | None:
+        """The folder below which every attempt's scratch lies; None if there is no one folder."""
+
     def free_bytes(self) -> int | None:
         """Bytes that staging may take, what it holds already included; None if not known."""
 

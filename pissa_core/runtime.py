@@ -8,6 +8,7 @@ import torch
 
 from pissa_core.errors import InvalidRequest
 from pissa_core.slots import default_budget, usable_cores
+from pissa_core.traffic import Traffic
 
 _GPU_SLOTS = 3
 _SHARE_OF_FREE = 0.8
@@ -21,11 +22,15 @@ class Runtime:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         slots: matrices in flight.
         memory_budget: bytes that matrices in flight may take together, on a GPU of its memory.
+        disk_budget: bytes of scratch that shards under way may take together.
+        traffic: what this process shares with others; None: it is alone.
     """
 
     device: str = "auto"
     slots: int | None = None
     memory_budget: int | None = None
+    disk_budget: int | None = None
+    traffic: Traffic | None = None
 
 
 @dataclass(frozen=True, slots=True)

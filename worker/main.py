@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from worker.connect import connect
 from worker.errors import StoreUnavailable
@@ -36,9 +38,10 @@ def run_worker(settings: Settings, *, device: str, slots: int | None) -> None:
     """
     stopping = _stop_on_signals()
     configure_logging("worker")
-    worker = _Worker(settings, device, slots)
-    with Reaper(worker.connection, settings):
-        worker.run(stopping)
+    with TemporaryDirectory(prefix="pissa-worker-") as gates:
+        worker = _Worker(settings, device, slots, Path(gates))
+        with Reaper(worker.connection, settings):
+            worker.run(stopping)
 
 
 @dataclass
@@ -51,7 +54,7 @@ class _Child:
 
 
 class _Worker:
-    def __init__(self, settings: Settings, device: str, slots: int | None) -> None:
+    def __init__(self, settings: Settings, device: str, slots: int | None, gates: Path) -> None:
         self._settings = settings
         self._device = device
         self.connection: Connection = connect(settings)
@@ -71,6 +74,7 @@ class _Worker:
                     slots=slots,
                     queues=",".join(names),
                     parent=os.getpid(),
+                    gates=gates,
                 )
             )
             for role, names in queues.items()

@@ -22,6 +22,7 @@ from celery.concurrency.prefork import TaskPool
 from celery.exceptions import SecurityWarning, WorkerLostError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from pissa_core.plan import IN_FLIGHT
 from worker.celery_app import make_app
 from worker.connect import connect
 from worker.errors import StoreUnavailable
@@ -50,6 +51,7 @@ class Node(BaseSettings):
     slots: int | None = None
     queues: str
     parent: int
+    gates: Path | None = None
 
     def as_env(self) -> dict[str, str]:
         """Return the variables that a child reads."""
@@ -92,7 +94,7 @@ def _consume(app: Celery, node: Node) -> int:
         hostname=f"{node.role}.{node.worker}",
         queues=node.queues.split(","),
         pool=_AttentivePool,
-        concurrency=1,
+        concurrency=IN_FLIGHT if node.role == "compute" else 1,
         loglevel="INFO",
         without_gossip=True,
         without_mingle=True,

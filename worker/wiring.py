@@ -140,16 +140,27 @@ def context() -> Context:
     """Return this process's context, made from its environment when first asked for."""
     import torch
 
+    from pissa_core.adapters.ledger import Ledger
     from pissa_core.runtime import Runtime
+    from pissa_core.traffic import FileGate, Traffic
 
     torch.set_num_threads(1)
     node, settings = Node(), Settings.from_env()
     connection = connect(settings, patience_s=settings.store_patience_s)
+    line, arithmetic = (
+        None if node.gates is None else FileGate(node.gates / name) for name in ("line", "device")
+    )
+    ledger = Ledger(settings.scratch_dir, settings.disk_budget)
     return Context(
         tasks=TaskStore(connection, settings, worker=node.worker),
         vault=open_vault(settings),
         settings=settings,
-        runtime=Runtime(device=node.device, slots=node.slots),
+        runtime=Runtime(
+            device=node.device,
+            slots=node.slots,
+            disk_budget=settings.disk_budget,
+            traffic=Traffic(line, arithmetic, ledger),
+        ),
     )
 
 

@@ -96,7 +96,12 @@ class Conversion:
                 from pissa_core.headstart import HeadStart
                 from pissa_core.runtime import Runtime, resolve
 
-            runtime = Runtime(self.device, self.limits["slots"], self.limits["memory_budget"])
+            runtime = Runtime(
+                self.device,
+                self.limits["slots"],
+                self.limits["memory_budget"],
+                self.limits["disk_budget"],
+            )
             resolved = resolve(runtime)
             source, sink = self._open(shown)
             head_start = HeadStart(source, self.config, resolved)
@@ -175,6 +180,18 @@ def _no_collecting() -> Iterator[None]:
 
 
 @dataclass(slots=True)
+class _UnderWay:
+    """What is done of a shard that is not sealed yet."""
+
+    matrices: int = 0
+    nbytes: int = 0
+
+    def add(self, nbytes: int) -> None:
+        self.matrices += 1
+        self.nbytes += nbytes
+
+
+@dataclass(slots=True)
 class Follower:
     """Turns the engine's events into progress and, at the end, a result."""
 
@@ -184,8 +201,7 @@ class Follower:
     pace: Pace = field(default_factory=Pace)
     _matrices: int = 0
     _sealed: int = 0
-    _in_shard: int = 0
-    _matrices_in_shard: int = 0
+    _under_way: dict[str, _UnderWay] = field(default_factory=dict)
     _published: Published | None = None
     _marks: dict[str, float] = field(default_factory=dict)
 
@@ -199,8 +215,7 @@ class Follower:
                 self.shown.note(f"{event.shard}: {resumed} matrices are done already")
             case MatrixDone(nbytes=nbytes):
                 self._matrices += 1
-                self._matrices_in_shard += 1
-                self._in_shard += nbytes
+                self._under_way.setdefault(event.shard, _UnderWay()).add(nbytes)
                 self.pace.add(0 if event.resumed else nbytes)
             case ShardSealed():
                 self._seal(event)
@@ -216,7 +231,7 @@ class Follower:
         if "shards" in self._marks:
             return Snapshot("publishing")
         total = sum(shard.size for shard in self.plan.shards)
-        done = self._sealed + self._in_shard
+        done = self._sealed + sum(shard.nbytes for shard in self._under_way.values())
         return Snapshot(
             label="converting",
             noun="matrices",
@@ -249,7 +264,7 @@ class Follower:
 
     def _seal(self, event: ShardSealed) -> None:
         # Matrices of a shard sealed by an earlier run come with no events of their own.
-        self._matrices += event.matrices - self._matrices_in_shard
-        self.pace.add(0 if event.resumed else max(event.nbytes - self._in_shard, 0))
+        seen = self._under_way.pop(event.shard, _UnderWay())
+        self._matrices += event.matrices - seen.matrices
+        self.pace.add(0 if event.resumed else max(event.nbytes - seen.nbytes, 0))
         self._sealed += event.nbytes
-        self._in_shard = self._matrices_in_shard = 0

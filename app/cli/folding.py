@@ -45,7 +45,7 @@ class FoldingRun:
             from pissa_core.engine import carry_out
             from pissa_core.runtime import Runtime, resolve
 
-            runtime = Runtime(self.device, **limits)
+            runtime = Runtime(self.device, self.slots, self.memory_budget)
             resolve(runtime)
             residual, adapter, sink = self._open(shown)
             made = pending.result()

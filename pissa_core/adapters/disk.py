@@ -151,6 +151,24 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return a path, or the nearest folder above it that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def allocated(folder: Path) -> int:
+    """Count the bytes of disk below a folder; a file with several names counts once."""
+    blocks = {}
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            with suppress(FileNotFoundError):  # moved or removed by another while we count
+                stat = Path(parent, name).lstat()
+                blocks[stat.st_ino] = stat.st_blocks
+    return 512 * sum(blocks.values())
+
+
 def try_lock(path: Path) -> int | None:
     """Lock a file for this process's life; None if a living process holds it.
 

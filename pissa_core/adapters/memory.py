@@ -103,6 +103,11 @@ class MemorySink:
         if self.contents and self._marker is None:
             raise OutputExists(f"{self.ref} exists and is not empty")
 
+    @property
+    def scratch_folder(self) -> None:
+        """Each attempt has a temporary folder of its own."""
+        return
+
     def free_bytes(self) -> None:
         """Not known."""
         return

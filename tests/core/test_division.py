@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 
 from pissa_core.adapters import staging_digest
 from pissa_core.adapters.local import LocalSink, LocalSource
-from pissa_core.division import IN_FLIGHT
 from pissa_core.engine import convert
 from pissa_core.errors import DiskTooSmall
-from pissa_core.plan import Plan
+from pissa_core.plan import IN_FLIGHT, Plan
 from pissa_core.planning import make_plan
 from pissa_core.runtime import Runtime
 from pissa_core.spec import parse_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
 
 
 def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
-    from pissa_core.engine import check_plan
+    from pissa_core.admission import check_plan
     from pissa_core.planning import make_plan
-    from pissa_core.runtime import Runtime
 
     request = context.request_of(claim, BaseToPissa)
     source = context.source(claim, request.model)
@@ -29,7 +29,8 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     digest = staging_digest(source, request.pissa, context.output_name(claim), plan.division)
     context.check_size(plan.source, sum(shard.fetched for shard in plan.shards))
     # The planner has no device of its own; what one offers is the compute node's to find out.
-    check_plan(plan, source, context.sink(claim, digest), Runtime(device="cpu"))
+    runtime = dataclasses.replace(context.runtime, device="cpu")
+    check_plan(plan, source, context.sink(claim, digest), runtime)
     hold.check()
     context.tasks.planned(claim, plan, digest)
 
@@ -53,7 +54,8 @@ def _publish(context: Context, claim: Claim, hold: Hold) -> None:
         return
     plan = Plan.from_json(context.tasks.plan_text(claim.job_id))
     source = _planned_source(context, claim, plan)
-    tell_publishing(context, claim, hold, engine.publish(plan, source, sink), _figures)
+    events = engine.publish(plan, source, sink, context.runtime)
+    tell_publishing(context, claim, hold, events, _figures)
 
 
 def _planned_source(context: Context, claim: Claim, plan: Plan) -> CheckpointSource:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,9 @@ if TYPE_CHECKING:
 
 
 def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
-    from pissa_core.engine import check_plan
+    from pissa_core.admission import check_plan
     from pissa_core.fold.planning import make_fold_plan
     from pissa_core.fold.work import Beside
-    from pissa_core.runtime import Runtime
 
     def open_other(ref: Ref) -> CheckpointSource:
         return context.source(claim, str(ref))
@@ -34,7 +34,7 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     plan = make_fold_plan(residual, adapter, open_other, slots=context.runtime.slots)
     digest = _digest(context, claim, residual, adapter)
     # The planner has no device of its own; what one offers is the compute node's to find out.
-    runtime = Runtime(device="cpu")
+    runtime = dataclasses.replace(context.runtime, device="cpu")
     sink = context.sink(claim, digest)
     check_plan(plan, residual, sink, runtime, beside=Beside(adapter, None))
     hold.check()
@@ -60,7 +60,8 @@ def _publish(context: Context, claim: Claim, hold: Hold) -> None:
         return
     plan = Plan.from_json(context.tasks.plan_text(claim.job_id))
     residual, _ = _planned(context, claim, plan)
-    tell_publishing(context, claim, hold, engine.publish(plan, residual, sink), _figures)
+    events = engine.publish(plan, residual, sink, context.runtime)
+    tell_publishing(context, claim, hold, events, _figures)
 
 
 def _planned(context: Context, claim: Claim, plan: Plan) -> tuple[CheckpointSource, Beside]:

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from pissa_core.errors import PissaError
-from pissa_core.events import MatrixDone, Published, Publishing, ShardSealed, ShardStarted
+from pissa_core.events import (
+    MatrixDone,
+    Published,
+    Publishing,
+    ShardSealed,
+    ShardStarted,
+    Waiting,
+)
 from pissa_core.ports import CheckpointSink
 from worker.contract import WithOutput
 from worker.holding import Hold
@@ -53,7 +60,7 @@ def tell_publishing(
     context: Context,
     claim: Claim,
     hold: Hold,
-    events: Iterator[Publishing | Published],
+    events: Iterator[Publishing | Waiting | Published],
     figures: Figures,
 ) -> None:
     """Publish by asking for the events, record the result, then let the iterator sweep.
@@ -69,6 +76,8 @@ def tell_publishing(
         for event in events:
             if isinstance(event, Publishing):
                 hold.check(context.tasks.publishing(claim))
+            elif isinstance(event, Waiting):
+                hold.check()
             elif isinstance(event, Published):
                 result = result_of(context, claim, event, figures)
                 context.tasks.published(
@@ -106,7 +115,9 @@ def sweep(context: Context, claim: Claim, work: Callable[[], object]) -> None:
 
 def _tell(context: Context, claim: Claim, hold: Hold, event: object, sink: CheckpointSink) -> None:
     tasks = context.tasks
-    if isinstance(event, ShardStarted):
+    if isinstance(event, Waiting):
+        hold.check()
+    elif isinstance(event, ShardStarted):
         hold.check(tasks.shard_started(claim, event.shard, event.matrices, event.resumed))
     elif isinstance(event, MatrixDone):
         answer = tasks.matrix_done(

@@ -116,6 +116,11 @@ class HubSink:
         with disk_errors(self._scratch):
             make_folder(self._scratch.parent)
 
+    @property
+    def scratch_folder(self) -> Path:
+        """The folder that all results on this machine share."""
+        return self._scratch.parent
+
     def free_bytes(self) -> None:
         """Not known: what is staged lies on the Hub."""
         return

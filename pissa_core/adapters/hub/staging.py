@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -76,6 +77,7 @@ class Staging:
         self._seals: dict[str, tuple[Seal, Mapping[str, HubFile]]] = {}
         self._reading: _Reading | None = None
         self._seen = False
+        self._sending = threading.Lock()
 
     def state(self) -> Pinned | None:
         """Return the branch's commit and files; None where there is none."""
@@ -187,24 +189,26 @@ class Staging:
         outgoing: Sequence[Outgoing] = (),
         copies: Sequence[Operation] = (),
     ) -> None:
-        path = _seal_path(record.shard)
-        text = {"seal": asdict(record), "files": {name: asdict(f) for name, f in files.items()}}
-        content = json.dumps(text, sort_keys=True).encode()
-        sent = self._writer.upload([*outgoing, Outgoing(path, content)], self.branch)
-        change = Change(
-            [*copies, *sent], {**files, path: described(content)}, f"Seal {record.shard}"
-        )
-        while True:
-            state = self._required()
-            if self.seal_of(record.shard, state) is not None:  # another was first
-                return
-            self._keep_pace(state)
-            try:
-                self._writer.commit(change, branch=self.branch, parent=state.commit)
-            except Moved:
-                time.sleep(random.uniform(0, 0.2))
-            else:
-                return
+        # Shards of one process in turn: they share one line, and none sends what another just has.
+        with self._sending:
+            path = _seal_path(record.shard)
+            text = {"seal": asdict(record), "files": {name: asdict(f) for name, f in files.items()}}
+            content = json.dumps(text, sort_keys=True).encode()
+            sent = self._writer.upload([*outgoing, Outgoing(path, content)], self.branch)
+            change = Change(
+                [*copies, *sent], {**files, path: described(content)}, f"Seal {record.shard}"
+            )
+            while True:
+                state = self._required()
+                if self.seal_of(record.shard, state) is not None:  # another was first
+                    return
+                self._keep_pace(state)
+                try:
+                    self._writer.commit(change, branch=self.branch, parent=state.commit)
+                except Moved:
+                    time.sleep(random.uniform(0, 0.2))
+                else:
+                    return
 
     def _keep_pace(self, state: Pinned) -> None:
         """Wait, if this job has committed so often that the Hub may soon refuse."""

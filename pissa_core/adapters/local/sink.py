@@ -23,10 +23,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pissa_core.adapters.disk import (
+    allocated,
     disk_errors,
     file_info,
     identity_of,
     make_folder,
+    nearest_existing,
     replace_file,
     sync_folder,
     try_lock,
@@ -92,10 +94,15 @@ class LocalSink:
                 )
             self._check_writable()
 
+    @property
+    def scratch_folder(self) -> Path:
+        """Below the staging area."""
+        return self._staging / "work"
+
     def free_bytes(self) -> int:
         """Free bytes of the disk that staging and output lie on, and what staging has already."""
-        free = shutil.disk_usage(_nearest_existing(self._folder.parent)).free
-        return free + _allocated(self._staging)
+        free = shutil.disk_usage(nearest_existing(self._folder.parent)).free
+        return free + allocated(self._staging)
 
     def seal_of(self, shard: str) -> Seal | None:
         """Read a shard's seal and check both files: unchanged since sealed, or checksums right."""
@@ -207,7 +214,7 @@ class LocalSink:
                 f"{self._folder} is a mount point, which no rename can put a result in place of",
                 hint=f"name a folder inside it: {self._folder / 'model'}",
             )
-        parent = _nearest_existing(self._folder.parent)
+        parent = nearest_existing(self._folder.parent)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise NoWriteAccess(
                 f"nothing can be written in {parent}", hint="choose a folder you may write to"
@@ -285,22 +292,6 @@ class LocalSink:
                 hint="name another folder, or remove this one and run again",
             ) from error
         sync_folder(self._folder.parent)
-
-
-def _nearest_existing(path: Path) -> Path:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def _allocated(folder: Path) -> int:
-    """Count the bytes of disk below a folder; a file with several names counts once."""
-    blocks = {}
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # moved or removed by another attempt while we count
-            stat = path.lstat()
-            blocks[stat.st_ino] = stat.st_blocks
-    return 512 * sum(blocks.values())
 
 
 def _sync_tree(tree: Path) -> None:

@@ -1,0 +1,107 @@
+"""Whether a plan can end well here: its refusals, the output, disk and memory, before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+from pissa_core.adapters.ledger import Ledger, disk_too_small
+from pissa_core.errors import DiskTooSmall, MemoryTooSmall, error_from
+from pissa_core.fold.planning import fold_bytes
+from pissa_core.fold.work import Beside
+from pissa_core.plan import Plan
+from pissa_core.planning import matrix_bytes, publish_bytes
+from pissa_core.ports import CheckpointSink, CheckpointSource
+from pissa_core.runtime import Resolved, Runtime, resolve
+from pissa_core.traffic import Traffic
+from pissa_core.workbench import scratch_bytes
+
+
+def check_plan(
+    plan: Plan,
+    source: CheckpointSource,
+    sink: CheckpointSink,
+    runtime: Runtime,
+    *,
+    beside: Beside | None = None,
+) -> None:
+    """Refuse, before any weight is read, what cannot end well.
+
+    Raises:
+        PissaError: the first of the plan's refusals, an output that cannot take the result, or
+            a disk or memory budget that is too small for it.
+    """
+    if plan.refused:
+        first = plan.refused[0]
+        more = f" ({len(plan.refused) - 1} more are listed by the plan)" * (len(plan.refused) > 1)
+        raise error_from(first.code, f"{first.name}: {first.reason}{more}")
+    for read in (source,) if beside is None else (source, beside.adapter):
+        sink.check(read)
+    _check_disk(plan, sink)
+    _check_scratch(plan, source, sink, runtime)
+    resolved = resolve(runtime)
+    if runtime.memory_budget is not None:
+        _check_memory(plan, resolved)
+
+
+def traffic_of(runtime: Runtime, sink: CheckpointSink) -> Traffic:
+    """Return what shards under way share, with a ledger where their disk is bounded.
+
+    Without a budget a local output needs none: all of it was seen to fit its disk.
+    """
+    shared = runtime.traffic or Traffic()
+    ledger = shared.ledger
+    if ledger is None and sink.scratch_folder is not None:
+        ledger = Ledger(sink.scratch_folder, runtime.disk_budget)
+    bounded = runtime.disk_budget is not None or is_elsewhere(sink)
+    return dataclasses.replace(shared, ledger=ledger if bounded else None)
+
+
+def is_elsewhere(sink: CheckpointSink) -> bool:
+    """Whether what is sealed leaves this machine, so that only scratch lies here."""
+    return sink.free_bytes() is None
+
+
+def _check_disk(plan: Plan, sink: CheckpointSink) -> None:
+    free = sink.free_bytes()
+    if free is not None and plan.estimate.peak_disk > free:
+        raise DiskTooSmall(
+            f"the output needs {plan.estimate.peak_disk:,} bytes of disk and {free:,} are free "
+            f"where {sink.ref} would lie",
+            hint="free some space, or choose an output on another disk",
+        )
+
+
+def _check_scratch(
+    plan: Plan, source: CheckpointSource, sink: CheckpointSink, runtime: Runtime
+) -> None:
+    ledger = traffic_of(runtime, sink).ledger
+    if ledger is None:
+        return
+    capacity = ledger.capacity()
+    needs = {scratch_bytes(plan, shard): shard for shard in plan.shards}
+    largest = max(needs)
+    if largest > capacity:
+        shard = needs[largest]
+        raise disk_too_small(
+            largest, capacity, what=f"{shard.path} ({shard.fetched:,} bytes of {shard.source_path})"
+        )
+    sizes = {path: info.size for path, info in source.files().items()}
+    last = publish_bytes(plan, sizes) if is_elsewhere(sink) else 0
+    if last > capacity:
+        raise disk_too_small(last, capacity, what="the adapter, one file,")
+
+
+def _check_memory(plan: Plan, resolved: Resolved) -> None:
+    needs = partial(fold_bytes, plan)
+    if plan.fold is None:
+        method, rounding = plan.config["svd"]["method"], plan.config["rounding"]
+        needs = partial(matrix_bytes, method=method, rounding=rounding)
+    largest = max(plan.matrices, key=needs)
+    needed = needs(largest)
+    if needed > resolved.budget:
+        raise MemoryTooSmall(
+            f"{largest.tensor} {list(largest.shape)} needs {needed:,} bytes in flight and the "
+            f"memory budget is {resolved.budget:,}",
+            hint="raise --memory-budget, or exclude the module",
+        )

@@ -1,0 +1,98 @@
+"""Who goes next: one downloads, one computes, and whoever waits can be called off."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pissa_core.adapters.ledger import Ledger
+from pissa_core.events import Waiting
+from pissa_core.traffic import FileGate, ThreadGate, Traffic
+
+INSIDE = """
+import sys, time
+from pathlib import Path
+from pissa_core.traffic import FileGate
+
+assert FileGate(Path(sys.argv[1])).enter(0)
+print("inside", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(params=["threads", "processes"])
+def traffic(request: pytest.FixtureRequest, tmp_path: Path) -> Traffic:
+    ledger = Ledger(tmp_path / "ledger", 100)
+    if request.param == "threads":
+        return Traffic(ThreadGate(), ThreadGate(), ledger)
+    return Traffic(FileGate(tmp_path / "line"), FileGate(tmp_path / "device"), ledger)
+
+
+def test_one_at_a_time_downloads_and_one_computes(traffic):
+    with traffic.passage("a") as first, traffic.passage("b") as second:
+        assert list(first.to_line()) == []
+        waiting = second.to_line()
+        assert next(waiting) == Waiting("b")
+        assert list(first.to_device()) == []  # and so the line is free
+        assert list(waiting) == []
+        waiting = second.to_device()
+        assert next(waiting) == Waiting("b")
+        first.computed()
+        assert list(waiting) == []
+
+
+def test_the_next_download_waits_for_one_that_waits_for_the_device(traffic):
+    with (
+        traffic.passage("a") as first,
+        traffic.passage("b") as second,
+        traffic.passage("c") as third,
+    ):
+        assert list(first.to_line()) + list(first.to_device()) == []
+        assert list(second.to_line()) == []
+        assert next(second.to_device()) == Waiting("b")
+        assert next(third.to_line()) == Waiting("c")
+
+
+def test_what_is_held_is_given_back_however_it_ends(traffic):
+    def interrupted() -> None:
+        with traffic.passage("a") as first:
+            for _ in (*first.to_disk(80, None), *first.to_line(), *first.to_device()):
+                pass
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with traffic.passage("b") as second:
+        assert list(second.to_disk(100, None)) == []
+        assert list(second.to_line()) + list(second.to_device()) == []
+
+
+def test_room_on_the_disk_is_waited_for(traffic):
+    with traffic.passage("b") as second:
+        with traffic.passage("a") as first:
+            assert list(first.to_disk(60, None)) == []
+            waiting = second.to_disk(50, None)
+            assert next(waiting) == Waiting("b")
+        assert list(waiting) == []
+
+
+def test_one_that_is_killed_inside_leaves_the_gate_open(tmp_path):
+    command = [sys.executable, "-c", INSIDE, str(tmp_path / "gate")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "inside\n"
+        gate = FileGate(tmp_path / "gate")
+        assert gate.enter(0.05) is None
+        process.kill()
+        process.wait()
+    leave = gate.enter(5)
+    assert leave is not None
+    leave()
+
+
+def test_without_anybody_to_share_with_nobody_waits():
+    with Traffic().passage("a") as way:
+        assert list(way.to_disk(10**18, None)) + list(way.to_line()) + list(way.to_device()) == []
