@@ -231,13 +231,14 @@ def to_lora(result: dict) -> str:
         f"## A trained adapter back to LoRA: {machine['cores']} cores of {machine['processor']}",
         f"Adapters of a 70B Llama's shape, rank {result['rank']}, bfloat16, synthetic, made by "
         "`to_lora.py`. *PEFT's way* is both adapters loaded, concatenated and saved, without the "
-        "base model that PEFT needs in memory besides; it does not sync what it writes.",
-        "| contender | layers | each adapter | time | CPU | peak memory | anonymous |\n"
-        "|---|---:|---:|---:|---:|---:|---:|\n"
+        "base model that PEFT needs in memory besides; it does not sync what it writes. *Load* is "
+        "that of the machine as each ended: where it is beyond the cores, compare CPU and memory.",
+        "| contender | layers | each adapter | time | CPU | peak memory | anonymous | load |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|\n"
         + "\n".join(
             f"| {r['contender']} | {r['layers']} | {gigabytes(r['adapter_bytes'])} "
             f"| {r['wall_s']:.1f} s | {r['cpu_s']:.1f} s | {gigabytes(r['peak_bytes'])} "
-            f"| {gigabytes(r['peak_anonymous_bytes'])} |"
+            f"| {gigabytes(r['peak_anonymous_bytes'])} | {r['load']:.1f} |"
             for r in result["records"]
         ),
     ]

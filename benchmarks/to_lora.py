@@ -114,7 +114,13 @@ def record(contender: str, layers: int, nbytes: int, measured: Measured) -> dict
         f"CPU {measured.cpu_s:6.1f} s, {measured.peak_bytes / 1e9:6.2f} GB",
         file=sys.stderr,
     )
-    return {"contender": contender, "layers": layers, "adapter_bytes": nbytes, **figures}
+    load = os.getloadavg()[0]
+    return {
+        "contender": contender,
+        "layers": layers,
+        "adapter_bytes": nbytes,
+        "load": load,
+    } | figures
 
 
 def bench(work: Path, layers: int, shrink: int) -> list[dict]:
