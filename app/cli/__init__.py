@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import click
 
-from app.cli.client import cancel, jobs, resume, submit, watch
+from app.cli.client import cancel, delete, jobs, resume, submit, watch
 from app.cli.errors import ExitStatus, report
 from app.cli.fetch import fetch
 from app.cli.local import convert, plan, to_base, verify
@@ -32,7 +32,7 @@ def pissa(debug: bool) -> None:
     """Turn a Hugging Face checkpoint into its PiSSA form, here or by a service.
 
     plan, convert, to-lora, to-base and verify work in this process. serve and worker run the
-    service; submit, jobs, watch, cancel, resume and fetch talk to one at PISSA_URL (default
+    service; submit, jobs, watch, cancel, resume, fetch and delete talk to one at PISSA_URL (default
     http://127.0.0.1:8000).
 
     Exit status: 0 done, 1 failed, 2 refused before anything was opened, 130 interrupted.
@@ -53,6 +53,7 @@ for _command in (
     cancel,
     resume,
     fetch,
+    delete,
 ):
     pissa.add_command(_command)
 

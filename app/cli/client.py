@@ -1,11 +1,11 @@
-"""`pissa submit`, `jobs`, `watch`, `cancel`, `resume`: talking to a service over HTTP."""
+"""`pissa submit`, `jobs`, `watch`, `cancel`, `resume`, `delete`: talking to a service."""
 
 from __future__ import annotations
 
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import click
@@ -26,6 +26,7 @@ PATIENCE_S = 60.0
 """How long `watch` goes on asking a service that does not answer; it may be restarting."""
 
 PASSING = ("service_unreachable", "store_unavailable", "too_many_requests")
+NO_WORKER = "queued, and no worker is there yet"
 FINAL = ("succeeded", "failed", "cancelled")
 
 
@@ -122,6 +123,17 @@ def resume(*, job_id: str, as_json: bool) -> None:
     _print_state(service.post(job_path(job_id, "resume"), with_hub_token=True), as_json)
 
 
+@click.command()
+@job_argument
+def delete(*, job_id: str) -> None:
+    """Forget a finished job, with the files the service kept for it.
+
+    A result that lies elsewhere stays there.
+    """
+    Service.from_environment().delete(job_path(job_id))
+    print(f"{job_id}  deleted")
+
+
 def _post_once(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
     """Submit a job; where only the answer was lost on the way, asking again makes no second one."""
     key = {"Idempotency-Key": str(uuid.uuid4())}
@@ -171,10 +183,21 @@ def follow(service: Service, job_id: str, shown: Display) -> dict[str, Any]:
             shown.show(Snapshot("no answer from the service, asking again"))
         else:
             quiet_since = None
-            shown.show(track.snapshot(job))
+            snapshot = track.snapshot(job)
+            if job["status"] == "queued" and _nobody_works(service):
+                snapshot = replace(snapshot, label=NO_WORKER)
+            shown.show(snapshot)
             if job["status"] in FINAL:
                 return job
         time.sleep(POLL_S)
+
+
+def _nobody_works(service: Service) -> bool:
+    """Whether no worker has told of itself; a proxy may keep the question from us."""
+    try:
+        return not service.get("readyz").get("workers", True)
+    except PissaError:
+        return False
 
 
 @dataclass(slots=True)

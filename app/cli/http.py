@@ -85,6 +85,13 @@ class Service:
             sent["X-Hub-Token"] = self._hub_token
         return self._json("POST", path, json=body, headers=sent)
 
+    def delete(self, path: str) -> None:
+        """DELETE what lies at `path`; nothing comes back."""
+        with self._reachable():
+            answer = self._http.delete(path)
+        if answer.is_error:
+            raise _problem(answer)
+
     @contextmanager
     def stream(self, path: str, *, start: int) -> Iterator[httpx2.Response]:
         """GET a file from byte `start` on; the answer is 206, or 200 with the whole file."""
