@@ -32,6 +32,7 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     request = context.request_of(claim, PissaToBase)
     residual, adapter = (context.source(claim, ref) for ref in (request.residual, request.adapter))
     plan = make_fold_plan(residual, adapter, open_other, slots=context.runtime.slots)
+    context.check_size(plan.source, sum(shard.fetched for shard in plan.shards))
     digest = _digest(context, claim, residual, adapter)
     # The planner has no device of its own; what one offers is the compute node's to find out.
     runtime = dataclasses.replace(context.runtime, device="cpu")
