@@ -220,6 +220,26 @@ def test_a_job_says_that_it_waits_and_its_token_is_found_nowhere(service, undist
     client.close()
 
 
+def test_a_cancelled_job_keeps_what_it_sealed_until_that_is_discarded(service, undisturbed):
+    hub, headers = service.hub, {"X-Hub-Token": service.token}
+    hub.repos.pop(OUT, None)
+    hub.faults.add(Fault("/commit/main$", "POST", times=10**6, status=503))
+    job_id = service.submit()
+    for discard, kept in ((False, 1), (True, 0)):
+        wait_for(lambda: service.job(job_id)["phase"] == "waiting", "the phase waiting")
+        cancelled = service.api.post(f"/v1/jobs/{job_id}/cancel", json={"discard": discard})
+        assert cancelled.status_code == 202
+        assert service.ended(job_id)["status"] == "cancelled"
+        staging = [name for name in hub.repos[OUT].branches if name.startswith("pissa-staging-")]
+        assert len(staging) == kept
+        assert hub.repos[OUT].resolve("main").files.keys() == {".gitattributes"}
+        again = service.api.post(f"/v1/jobs/{job_id}/resume", json={}, headers=headers)
+        assert again.status_code == 202
+    hub.faults.clear()
+    assert service.ended(job_id)["status"] == "succeeded"
+    assert service.shown() == undisturbed
+
+
 def test_the_command_publishes_a_folder_on_a_branch(service, tmp_path):
     hub = service.hub
     command = [sys.executable, "-m", "app.cli", "convert", str(service.folder / "model")]
