@@ -13,11 +13,17 @@ from typing import Any
 import pytest
 import tinymodels
 import torch
-from conversions import convert_to, verified
+from conversions import convert_to, fold_to, verified
 from safetensors.torch import load_file, save_file
 
+from pissa_core.adapters import open_sink, open_source
+from pissa_core.engine import carry_out
 from pissa_core.errors import FolderNotFound, NoSafetensors
+from pissa_core.planning import make_plan
+from pissa_core.refs import LocalRef
 from pissa_core.report.manifest import canonical_json
+from pissa_core.runtime import Runtime
+from pissa_core.spec import parse_config
 from pissa_core.verify.case import CHECKS
 
 ADAPTER = "pissa_init/adapter_model.safetensors"
@@ -367,3 +373,18 @@ def test_not_a_number_keeps_no_bound(made, spoiled):
     make_true(spoiled)
     report = verified(made / "model", spoiled)
     assert any("q_proj.weight[2, 3] is off" in f["what"] for f in faults(report, "targets"))
+
+
+def test_shards_that_were_divided_are_the_same_model(tmp_path):
+    model = tinymodels.save_model("llama", tmp_path / "model", dtype="bf16")
+    source = open_source(LocalRef(str(model)))
+    limits = {"disk_budget": 30_000, "max_shard_size": 15_000}
+    plan = make_plan(source, parse_config({"rank": 4}), **limits)
+    assert len(plan.shards) > 10
+    sink = open_sink(LocalRef(str(tmp_path / "pair")), digest="divided")
+    list(carry_out(plan, source, sink, Runtime(device="cpu")))
+    report = verified(model, tmp_path / "pair")
+    assert faults(report) == []
+    assert report["passed"]
+    manifest = fold_to(tmp_path / "pair", tmp_path / "pair/pissa_init", tmp_path / "plain")
+    assert manifest["totals"]["weights"] > manifest["totals"]["equal_weights"] > 0
