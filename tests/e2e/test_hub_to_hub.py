@@ -240,6 +240,7 @@ def test_a_cancelled_job_keeps_what_it_sealed_until_that_is_discarded(service, u
     assert service.shown() == undisturbed
 
 
+@pytest.mark.slow
 def test_the_command_publishes_a_folder_on_a_branch(service, tmp_path):
     hub = service.hub
     command = [sys.executable, "-m", "app.cli", "convert", str(service.folder / "model")]
