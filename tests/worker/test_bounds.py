@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conversions import convert_to
+from pydantic import TypeAdapter
 from store_tools import take
 from worker_tools import request, write_llama
 
 from pissa_core.errors import InvalidRequest, OutsideLocalRoot
 from pissa_core.runtime import Runtime
-from worker.contract import Status
+from worker.contract import JobRequest, Status
 from worker.runner import carry_out
 from worker.settings import Settings
 from worker.store import JobStore, TaskStore
@@ -82,3 +84,23 @@ def test_a_plan_of_a_larger_checkpoint_is_refused(
     carry_out(context(settings, tasks, 1000), plan, "plan")
     with pytest.raises(InvalidRequest, match="more than the 1000 that this service takes"):
         store.plan_result(plan, timeout_s=1)
+
+
+@pytest.mark.parametrize("kind", ["verify", "pissa-to-base"])
+def test_the_other_kinds_keep_to_the_ceiling_too(
+    store: JobStore, tasks: TaskStore, settings: Settings, model: Path, kind: str
+) -> None:
+    converted = model.parent / "converted"
+    convert_to(model, converted, {"rank": 2})
+    fields = {
+        "verify": {"original": str(model), "converted": str(converted)},
+        "pissa-to-base": {"residual": str(converted), "adapter": str(converted / "pissa_init")},
+    }
+    body = TypeAdapter(JobRequest).validate_python({"kind": kind, **fields[kind]})
+    for ceiling, status in ((weights(model) - 1, Status.FAILED), (weights(model), Status.RUNNING)):
+        job, _ = store.submit(body, owner="me")
+        carry_out(context(settings, tasks, ceiling), job.id, "prepare")
+        found = store.get(job.id)
+        assert found.status is status, found.error
+        if found.error is not None:
+            assert f"more than the {ceiling} that" in found.error.message

@@ -31,6 +31,9 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
         context.source(claim, ref) for ref in (request.original, request.converted)
     )
     case = make_case(original, converted)
+    # The adapter, in a folder of its own, is no part of the model's size.
+    shards = (unit for unit in case.units if unit.path.endswith(".safetensors"))
+    context.check_size(converted.ref, sum(unit.size for unit in shards if "/" not in unit.path))
     hold.check()
     context.tasks.planned(claim, case, _digest(claim, original, converted))
 
