@@ -159,18 +159,20 @@ class Publisher:
         for _ in range(_MOVES):
             branch, there = self._place()
             change = built.replacing(there, self._target.message)
-            if change.is_made(there):
-                commit = there.commit
-            else:
-                self._staging.announce(_announcement(marker, built, there.commit))
-                try:
-                    commit = self._writer.commit(change, branch=branch, parent=there.commit)
-                except Moved:
-                    continue
+            made = change.is_made(there)
+            parent = None if made else there.commit
+            self._staging.announce(_announcement(marker, built, parent))
+            try:
+                commit = there.commit if made else self._commit(change, branch, there)
+            except Moved:
+                continue
             self._check(change, commit)
             if branch == self._target.branch or self._point_at(commit):
                 return commit
         raise self._taken()
+
+    def _commit(self, change: Change, branch: str, there: Pinned) -> str:
+        return self._writer.commit(change, branch=branch, parent=there.commit)
 
     def _place(self) -> tuple[str, Pinned]:
         """Return the branch to commit to, and what is on it."""
@@ -239,7 +241,8 @@ def _copy_of(source: object, path: str) -> CommitOperationCopy:
     )
 
 
-def _announcement(marker: str, built: _Built, parent: str) -> Mapping[str, object]:
+def _announcement(marker: str, built: _Built, parent: str | None) -> Mapping[str, object]:
+    """Say what will be seen where it is shown, and after which commit; None: it is there."""
     file = built.wanted[marker]
     assert file is not None
     return {

@@ -168,8 +168,8 @@ class HubSink:
             return None
         path = announced["path"]
         file = HubFile(announced["size"], announced["blob_id"], announced["sha256"])
-        if not same(there.files.get(path), file):
-            return None
+        if there.commit == announced["parent"] or not same(there.files.get(path), file):
+            return None  # announced and never shown, though an older result may have this marker
         self._commit = self._commit or self._commit_after(announced["parent"], there)
         return self._writer.read(there, path)
 
@@ -234,7 +234,7 @@ class HubSink:
     def _is_on_this_hub(self, source: CheckpointSource) -> TypeGuard[HubSource]:
         return isinstance(source, HubSource) and source.endpoint == self._writer.client.endpoint
 
-    def _commit_after(self, parent: str, there: Pinned) -> str:
+    def _commit_after(self, parent: str | None, there: Pinned) -> str:
         """Return the commit that was put right after `parent`; later ones are somebody else's."""
         commits = [commit for commit, _ in self._writer.history(there.commit)]
         after = commits.index(parent) - 1 if parent in commits else 0

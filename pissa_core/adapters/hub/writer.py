@@ -166,6 +166,10 @@ class HubWriter:
                 )
 
         self._change(send)
+        for addition in additions:
+            # The client would leave out of any commit what this branch has already; the commit may
+            # be put on another, and what is to be left out there is for `Change` to say.
+            addition._remote_oid = None
         return additions
 
     def commit(self, change: Change, *, branch: str, parent: str) -> str:

@@ -1,0 +1,76 @@
+"""Overwriting on the Hub: the branch ends with the result and nothing else, whatever was there."""
+
+from __future__ import annotations
+
+import pytest
+from hub.faults import Fault
+from hub_tools import OUT
+from places import CONTENTS, contents_of, publication, seal_in
+
+from pissa_core.adapters.memory import MemorySource
+from pissa_core.errors import TokenInvalid
+
+LOCAL = MemorySource({})
+RESULT = {
+    "config.json",
+    "sub/folder/notes.txt",
+    "model.safetensors",
+    "init/adapter.bin",
+    "manifest.json",
+}
+
+
+def test_a_file_that_another_branch_has_already_is_published_all_the_same(hub, open_hub_sink):
+    repo = hub.create_repo(OUT, files={"config.json": CONTENTS["config.json"]})
+    repo.branches["r16"] = repo.branches["main"]
+    repo.commit({"config.json": b"of another result"}, branch="r16")
+    sink = open_hub_sink(f"{OUT}@r16", hub.create_token("somebody"), overwrite=True)
+    sink.check(LOCAL)
+    seal_in(sink)
+    sink.publish(publication())
+    assert contents_of(hub, OUT, "r16").keys() == RESULT
+    assert contents_of(hub, OUT, "r16")["config.json"] == CONTENTS["config.json"]
+
+
+@pytest.mark.parametrize("later", [b"edited meanwhile", None])
+def test_what_changes_on_the_branch_while_work_is_staged_is_overwritten(hub, open_hub_sink, later):
+    repo = hub.create_repo(OUT, files={"config.json": CONTENTS["config.json"]})
+    sink = open_hub_sink(OUT, hub.create_token("somebody"), overwrite=True)
+    sink.check(LOCAL)
+    seal_in(sink)
+    repo.commit({"config.json": later})
+    sink.publish(publication())
+    assert contents_of(hub, OUT).keys() == RESULT
+    assert contents_of(hub, OUT)["config.json"] == CONTENTS["config.json"]
+
+
+def test_an_older_result_with_the_same_marker_is_not_taken_for_ours(hub, open_hub_sink):
+    token = hub.create_token("somebody")
+    older = open_hub_sink(OUT, token)
+    seal_in(older)
+    older.publish(publication())
+    older.discard()
+    hub.repos[OUT].commit({"config.json": b"edited since"})
+    # Killed between the announcement and the commit it announces.
+    hub.faults.add(Fault("/commit/main$", "POST", status=401))
+    sink = open_hub_sink(OUT, token, overwrite=True)
+    seal_in(sink)
+    with pytest.raises(TokenInvalid):
+        sink.publish(publication())
+    again = open_hub_sink(OUT, token, overwrite=True)
+    assert again.published() is None
+    again.publish(publication())
+    assert again.published() is not None
+    assert contents_of(hub, OUT)["config.json"] == CONTENTS["config.json"]
+
+
+def test_a_result_that_is_there_already_is_published_without_a_commit(hub, open_hub_sink):
+    token = hub.create_token("somebody")
+    for _ in range(2):
+        sink = open_hub_sink(OUT, token, overwrite=True)
+        seal_in(sink)
+        sink.publish(publication())
+        assert sink.published() == contents_of(hub, OUT)["manifest.json"]
+        assert sink.ref == f"hf://{OUT}@{hub.repos[OUT].branches['main']}"
+        sink.discard()
+    assert len(hub.repos[OUT].history("main")) == 2  # the repo's first, and ours
