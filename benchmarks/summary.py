@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import matplotlib as mpl
+import service_tables
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -39,6 +40,9 @@ def main() -> None:
     parts += [giant(json.loads(path.read_text())) for path in sorted(RESULTS.glob("giant-*.json"))]
     parts += [anatomy(json.loads(path.read_text())) for path in RESULTS.glob("anatomy-*.json")]
     parts += [path.read_text() for path in sorted(RESULTS.glob("kernel*.md"))]
+    for name, tell in (("scale", service_tables.scale), ("chaos", service_tables.chaos)):
+        if (RESULTS / f"{name}.json").exists():
+            parts.append(tell(json.loads((RESULTS / f"{name}.json").read_text())))
     parts += [load(json.loads(path.read_text())) for path in sorted(RESULTS.glob("load-*.json"))]
     parts += [to_lora(json.loads(path.read_text())) for path in RESULTS.glob("to-lora.json")]
     if len(parts) == 1:

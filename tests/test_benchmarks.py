@@ -223,6 +223,21 @@ def test_the_load_has_a_section_with_its_figures(load):
     assert "4.2 ms an answer" in text
 
 
+def test_the_tables_of_the_service_tell_what_was_stored(load):
+    tables = load("service_tables")
+    results = BENCHMARKS / "results"
+    scale = json.loads((results / "scale.json").read_text())
+    told = tables.scale(scale)
+    for count, seconds in scale["workers"]["seconds"].items():
+        assert f"| {count} | {seconds:.1f} s |" in told
+    assert len([line for line in told.splitlines() if "ms |" in line]) == 5
+    chaos = json.loads((results / "chaos.json").read_text())
+    told = tables.chaos(chaos)
+    assert f"{chaos['rounds']} rounds" in told
+    assert "all ended as they should" in told
+    assert "1 failed: [7]" in tables.chaos({**chaos, "failed_rounds": [7]})
+
+
 @pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py")))
 def test_every_script_compiles(script):
     source = (BENCHMARKS / script).read_text()

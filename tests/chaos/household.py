@@ -215,6 +215,7 @@ class Household:
         for process in self.members():
             with suppress(psutil.Error):
                 process.kill()
+        Path(str(self.settings.redis_url).removeprefix("unix://")).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,0 +1,59 @@
+"""Tables about the running service: time with more workers, load of the store, rounds of chaos."""
+
+from __future__ import annotations
+
+
+def scale(result: dict) -> str:
+    """Tell how time falls with workers, and what many jobs and shards cost the store."""
+    machine, workers = result["machine"], result["workers"]
+    times = workers["seconds"]
+    store = result["store"]
+    return "\n\n".join(
+        [
+            f"## More workers, more jobs: {machine['cores']} cores of {machine['processor']}",
+            f"`python benchmarks/scale.py`; the load of the machine was {result['load']:.1f}. "
+            f"{workers['shards']} shards from a Hub that takes "
+            f"{workers['transfer_s_a_shard']:g} s to send each, next to no arithmetic:",
+            "| workers | shards done in | as fast as one |\n|---:|---:|---:|\n"
+            + "\n".join(
+                f"| {count} | {seconds:.1f} s | {times['1'] / seconds:.1f}× |"
+                for count, seconds in times.items()
+            ),
+            "The store (embedded Valkey, every write synced) while one client does each step and "
+            "another reads the state of a job, over and over:",
+            "| step | operations a second | commands a second | bytes in | bytes out | memory "
+            "| reading a state, p50 | p99 |\n|---|---:|---:|---:|---:|---:|---:|---:|\n"
+            + "\n".join(_step(step) for step in store["steps"]),
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def _step(step: dict) -> str:
+    read = step["status_read_ms"]
+    latency = f"{read['p50']:.2f} ms | {read['p99']:.1f} ms |"
+    if "operations" not in step:
+        return f"| {step['step']} | – | – | – | – | – | {latency}"
+    return (
+        f"| {step['step']} | {step['operations_per_s']:.1f} | {step['commands_per_s']:,.0f} "
+        f"| {step['bytes_in'] / 1e6:.2f} MB | {step['bytes_out'] / 1e6:.2f} MB "
+        f"| {step['memory_bytes'] / 1e6:.1f} MB | {latency}"
+    )
+
+
+def chaos(result: dict) -> str:
+    """Tell how many rounds of chaos were played, with what, and how they ended."""
+    faults, jobs = dict(result["faults"]), result["jobs"]
+    failed = result["failed_rounds"]
+    ended = "all ended as they should" if not failed else f"{len(failed)} failed: {failed}"
+    return "\n\n".join(
+        [
+            "## Chaos",
+            f"`make test-chaos` ([what it does](../docs/faults.md)): {result['rounds']} rounds, "
+            f"{ended}. {jobs['all']} jobs, {result['cancelled']} of them to be cancelled and "
+            f"{result['resumed']} resumed; {faults.pop('all')} faults; "
+            f"{result['streams_broken_and_gone_on']} streams of events that broke off and were "
+            f"taken up again. A round took {result['seconds_a_round']['median']:.0f} s (median).",
+            "| fault | times |\n|---|---:|\n"
+            + "\n".join(f"| {kind} | {times} |" for kind, times in faults.items()),
+        ]
+    ) + "\n"  # fmt: skip
