@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pissa_core.errors import OutOfMemory, PissaError
@@ -55,8 +56,11 @@ def _conversion(asked: dict[str, Any]) -> Plan:
     from pissa_core.adapters import open_source
     from pissa_core.planning import make_plan
 
+    limits = asked["limits"]
+    if "scratch" in limits:
+        limits["scratch"] = Path(limits["scratch"])
     source = open_source(parse_ref(asked["model"]))
-    return make_plan(source, parse_config(asked["config"]), **asked["limits"])
+    return make_plan(source, parse_config(asked["config"]), **limits)
 
 
 def _fold(asked: dict[str, Any]) -> Plan:

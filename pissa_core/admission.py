@@ -87,7 +87,7 @@ def _check_scratch(
             largest, capacity, what=f"{shard.path} ({shard.fetched:,} bytes of {shard.source_path})"
         )
     sizes = {path: info.size for path, info in source.files().items()}
-    last = publish_bytes(plan, sizes) if is_elsewhere(sink) else 0
+    last = publish_bytes(plan, sizes, plan.estimate.adapter) if is_elsewhere(sink) else 0
     if last > capacity:
         raise disk_too_small(last, capacity, what="the adapter, one file,")
 

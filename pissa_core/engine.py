@@ -195,7 +195,7 @@ def publish(
         with traffic_of(runtime, sink).passage("") as way:
             if is_elsewhere(sink):
                 sizes = {path: info.size for path, info in source.files().items()}
-                yield from way.to_disk(publish_bytes(plan, sizes), None)
+                yield from way.to_disk(publish_bytes(plan, sizes, plan.estimate.adapter), None)
             sink.publish(contents(plan, source, sink, seals))
     yield Published(sink.ref, json.loads(sink.published() or b"{}"))
     sink.discard()

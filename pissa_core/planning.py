@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from pissa_core.adapters.ledger import Ledger
 from pissa_core.division import MAX_SHARD_SIZE, divide
 from pissa_core.layout import read_layout
-from pissa_core.plan import Estimate, Matrix, Plan, ShardPlan
+from pissa_core.plan import IN_FLIGHT, Estimate, Matrix, Plan, ShardPlan
 from pissa_core.ports import CheckpointSource
 from pissa_core.slots import usable_cores
 from pissa_core.spec import PissaConfig
 from pissa_core.split import working_bytes
 from pissa_core.targets import resolve_targets
 from pissa_core.tensorfile import TORCH_DTYPES, make_header
-from pissa_core.workbench import part_entries, row_bytes
+from pissa_core.workbench import part_entries, row_bytes, scratch_bytes
 
 IMPORT_FOOTPRINT = 480_000_000
 """Bytes of a process that has imported torch, transformers and peft and made a plan.
@@ -36,6 +38,7 @@ def make_plan(
     memory_budget: int | None = None,
     disk_budget: int | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    scratch: Path | None = None,
 ) -> Plan:
     """Decide what will happen to every tensor of `source`; reads headers and config.json only.
 
@@ -48,6 +51,8 @@ def make_plan(
         memory_budget: bytes that matrices in flight may take together; None: no limit.
         disk_budget: bytes of scratch; a shard that needs more is divided. None: no limit.
         max_shard_size: bytes of the shards that such a one is divided into.
+        scratch: where work in progress lies, if the result goes elsewhere (to the Hub); what is
+            free there is the disk budget, if none is given.
 
     Raises:
         PissaError: the checkpoint's files are not what they should be, or nothing matched.
@@ -73,10 +78,18 @@ def make_plan(
         refused=targets.refused,
         estimate=_UNKNOWN,
     )
+    if scratch is not None:
+        disk_budget = Ledger(scratch, disk_budget).capacity()
     if disk_budget is not None:
         plan = divide(plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size)
     sizes = {path: info.size for path, info in source.files().items()}
-    cost = estimate(plan, sizes, slots=slots or usable_cores(), memory_budget=memory_budget)
+    cost = estimate(
+        plan,
+        sizes,
+        slots=slots or usable_cores(),
+        memory_budget=memory_budget,
+        scratch_budget=None if scratch is None else disk_budget,
+    )
     return dataclasses.replace(plan, estimate=cost)
 
 
@@ -94,13 +107,20 @@ def matrix_bytes(
 
 
 def estimate(
-    plan: Plan, sizes: Mapping[str, int], *, slots: int, memory_budget: int | None
+    plan: Plan,
+    sizes: Mapping[str, int],
+    *,
+    slots: int,
+    memory_budget: int | None,
+    scratch_budget: int | None = None,
 ) -> Estimate:
     """Foresee the cost of a plan from the sizes of its files.
 
     ``read`` and ``written`` count whole files, each once; ``adapter`` is exact. ``peak_disk`` adds
     to the output the factors a second time, in the parts they are assembled from, and the rows
-    of journal, seals and manifest. ``peak_memory`` is the import footprint plus the `slots`
+    of journal, seals and manifest. Where the result goes elsewhere (`scratch_budget`: what may lie
+    here meanwhile) it is that of the largest shards under way, or of publishing if that is more.
+    ``peak_memory`` is the import footprint plus the `slots`
     largest matrices in flight, as far as the budget lets them fly together;
     ``peak_device_memory`` is the same of a GPU, without footprint, if one does the work.
     """
@@ -123,24 +143,29 @@ def estimate(
         # A matrix larger than the budget runs alone, so the largest is the least there can be.
         return max([min(memory, memory_budget), *flights[:1]])
 
+    peak_disk = written + 2 * adapter + 3 * rows
+    if scratch_budget is not None:
+        needs = sorted((scratch_bytes(plan, shard) for shard in plan.shards), reverse=True)
+        under_way = min(sum(needs[:IN_FLIGHT]), max(scratch_budget, *needs[:1]))
+        peak_disk = max(under_way, publish_bytes(plan, sizes, adapter))
     return Estimate(
         read=read,
         written=written + adapter,
         adapter=adapter,
         peak_memory=IMPORT_FOOTPRINT + in_flight("cpu"),
-        peak_disk=written + 2 * adapter + 3 * rows,
+        peak_disk=peak_disk,
         peak_device_memory=in_flight("cuda"),
     )
 
 
-def publish_bytes(plan: Plan, sizes: Mapping[str, int]) -> int:
+def publish_bytes(plan: Plan, sizes: Mapping[str, int], adapter: int) -> int:
     """Return the disk that publishing takes where nothing else of the result lies here.
 
     The adapter and large files of the source lie here one at a time, small ones together.
     """
     files = [sizes[path] for path in plan.side_files]
     small = sum(min(size, _SMALL) for size in files) + sum(row_bytes(m) for m in plan.matrices)
-    return max([plan.estimate.adapter, *files]) + small + _REPORT_BYTES
+    return max([adapter, *files]) + small + _REPORT_BYTES
 
 
 def adapter_bytes(plan: Plan) -> int:

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from pissa_core.adapters import open_sink, open_source
 from pissa_core.errors import InvalidRequest, OutsideLocalRoot
 from pissa_core.ports import PublishOptions
-from pissa_core.refs import LocalRef, Ref, parse_ref
+from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref
 from worker.connect import connect
 from worker.contract import JobRequest, Output, Verify, WithOutput
 from worker.errors import StoreUnavailable
@@ -57,6 +57,8 @@ class Context:
         limits["disk_budget"] = self.settings.disk_budget
         if request.output is not None:
             limits["max_shard_size"] = request.output.max_shard_size
+            if isinstance(parse_ref(request.output.ref), HubRef):
+                limits["scratch"] = self.settings.scratch_dir
         return limits
 
     def source(self, claim: Claim, ref: str) -> CheckpointSource:

@@ -24,7 +24,7 @@ from pissa_core.events import (
     ShardSealed,
     ShardStarted,
 )
-from pissa_core.refs import LocalRef, Ref, resolve_local
+from pissa_core.refs import HubRef, LocalRef, Ref, resolve_local
 from pissa_core.spec import PissaConfig
 from worker.processes import peak_memory_bytes
 
@@ -87,7 +87,8 @@ class Conversion:
         """Plan, convert, publish; show how far it is."""
         began = time.monotonic()
         shown.show(Snapshot("planning"))
-        with planning(str(self.model), self.config, debug=self.debug, **self.limits) as pending:
+        limits = {**self.limits, "scratch": scratch_for(self.out)}
+        with planning(str(self.model), self.config, debug=self.debug, **limits) as pending:
             # torch is imported here while the child plans; an output that cannot be is found
             # long before the plan is made.
             os.environ.setdefault(*HUGE_PAGES)
@@ -149,6 +150,11 @@ class Conversion:
             options=self.publish,
             on_wait=noting(shown),
         )
+
+
+def scratch_for(out: Ref) -> str | None:
+    """Return where work in progress lies if the result goes elsewhere."""
+    return str(scratch_folder()) if isinstance(out, HubRef) else None
 
 
 def scratch_folder() -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from app.cli import tables
-from app.cli.conversion import Conversion
+from app.cli.conversion import Conversion, scratch_for
 from app.cli.errors import ExitStatus, on_interrupt
 from app.cli.folding import FoldingRun
 from app.cli.options import (
@@ -42,6 +42,9 @@ RESUME = "interrupted: the same command goes on where this one stopped"
 
 @click.command()
 @click.argument("model")
+@click.option(
+    "--out", metavar="REF", help="Where a result would go; the disk needed depends on it."
+)
 @config_options
 @budget_options
 @json_option
@@ -50,6 +53,7 @@ def plan(
     settings: dict[str, Any],
     *,
     model: str,
+    out: str | None,
     pissa: dict[str, Any],
     limits: dict[str, int | None],
     as_json: bool,
@@ -60,9 +64,12 @@ def plan(
     local folder (./path).
     """
     config, ref = parse_config(pissa), parse_ref(model)
+    scratch = None if out is None else scratch_for(parse_ref(out))
     with display() as shown, _folder_hint(ref):
         shown.show(Snapshot("planning"))
-        made = plan_in_child(str(ref), config, **limits, debug=settings["debug"])
+        made = plan_in_child(
+            str(ref), config, debug=settings["debug"], **{**limits, "scratch": scratch}
+        )
     if as_json:
         tables.print_json(made.public())
     else:

@@ -65,7 +65,7 @@ def planning(
     config: PissaConfig,
     *,
     debug: bool = False,
-    **limits: int | None,
+    **limits: int | str | None,
 ) -> Iterator[Pending]:
     """Begin to plan in a child process; leaving the block ends the child if it still runs.
 
@@ -78,7 +78,7 @@ def planning(
 
 @contextmanager
 def asking(
-    asked: Mapping[str, object], *, debug: bool = False, **limits: int | None
+    asked: Mapping[str, object], *, debug: bool = False, **limits: int | str | None
 ) -> Iterator[Pending]:
     """Begin to plan work of any kind in a child process, which ends with the block."""
     given = {name: limit for name, limit in limits.items() if limit is not None}
@@ -107,7 +107,7 @@ def plan_in_child(
     config: PissaConfig,
     *,
     debug: bool = False,
-    **limits: int | None,
+    **limits: int | str | None,
 ) -> Plan:
     """Plan and wait for it."""
     with planning(model, config, debug=debug, **limits) as pending:

@@ -99,6 +99,12 @@ class Ledger:
                     discard_scratch(folder)
         return None
 
+    def sweep(self) -> None:
+        """Forget what the dead reserved for scratch that is gone."""
+        if self._folder.is_dir():
+            with self._counting():
+                self._count(None)
+
     def release(self, reservation: Reservation) -> None:
         """Give the bytes back; of what is left in the scratch, account as left by the dead."""
         with self._counting():

@@ -155,6 +155,17 @@ def test_scratch_of_the_living_makes_no_room(tmp_path):
     os.close(lock)
 
 
+def test_a_sweep_forgets_what_is_gone(tmp_path):
+    ledger = Ledger(tmp_path / "ledger", 100)
+    ledger.sweep()
+    scratch = leave_behind(tmp_path / "ledger", tmp_path / "work", 60)
+    ledger.sweep()
+    assert hold(ledger, 41) is None
+    shutil.rmtree(scratch)
+    ledger.sweep()
+    assert not list((tmp_path / "ledger").iterdir())
+
+
 def test_what_can_never_fit_is_refused_with_the_numbers(tmp_path):
     with pytest.raises(DiskTooSmall, match=r"needs 1,001 bytes .* disk budget is 1,000"):
         hold(Ledger(tmp_path / "ledger", 1000), 1001)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tinymodels
@@ -16,7 +17,7 @@ from pissa_core.adapters.local import LocalSink, LocalSource
 from pissa_core.engine import convert
 from pissa_core.errors import DiskTooSmall
 from pissa_core.plan import IN_FLIGHT, Plan
-from pissa_core.planning import make_plan
+from pissa_core.planning import make_plan, publish_bytes
 from pissa_core.runtime import Runtime
 from pissa_core.spec import parse_config
 from pissa_core.workbench import scratch_bytes
@@ -34,7 +35,7 @@ class Download(LocalSource):
         super().fetch(path, destination)
 
 
-def plan_of(source: LocalSource, task: str | None = None, **limits: int) -> Plan:
+def plan_of(source: LocalSource, task: str | None = None, **limits: Any) -> Plan:
     return make_plan(source, parse_config({"rank": 2, "task_type": task}), **limits)
 
 
@@ -148,6 +149,21 @@ def test_a_divided_plan_survives_json_and_says_what_is_divided(tmp_path):
     whole = plan_of(source, "SEQ_CLS").estimate
     header = int.from_bytes(source.read("model.safetensors", 0, 8), "little") + 8
     assert plan.estimate.read == whole.read - header
+
+
+def test_on_the_way_to_the_hub_the_disk_holds_what_is_under_way(tmp_path):
+    source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
+    plan = plan_of(source, disk_budget=BUDGET, scratch=tmp_path / "scratch")
+    needs = sorted((scratch_bytes(plan, shard) for shard in plan.shards), reverse=True)
+    sizes = {path: info.size for path, info in source.files().items()}
+    last = publish_bytes(plan, sizes, plan.estimate.adapter)
+    assert plan.estimate.peak_disk == max(sum(needs[:IN_FLIGHT]), last)
+
+    whole = plan_of(source, scratch=tmp_path / "scratch")  # all that is free is the budget
+    assert whole.division is None
+    alone = scratch_bytes(whole, whole.shards[0])
+    assert whole.estimate.peak_disk == max(alone, last)
+    assert plan_of(source).estimate.peak_disk > whole.estimate.read
 
 
 def test_the_one_file_that_config_json_names_must_stay_one(tmp_path):

@@ -101,7 +101,14 @@ def discard_staged(context: Context, claim: Claim, hold: Hold) -> None:
     """Throw away what an ending job has staged in its sink."""
     sink = context.sink(claim)
     keep = claim.discard != "all"
-    sweep(context, claim, lambda: sink.discard(keep_sealed=keep))
+    traffic = context.runtime.traffic
+
+    def work() -> None:
+        sink.discard(keep_sealed=keep)
+        if traffic is not None and traffic.ledger is not None:
+            traffic.ledger.sweep()
+
+    sweep(context, claim, work)
 
 
 def sweep(context: Context, claim: Claim, work: Callable[[], object]) -> None:

@@ -1,0 +1,152 @@
+"""A giant shard, a tiny disk budget: never exceeded, whatever is killed; the same model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conversions import convert_to
+from safetensors.torch import load_file
+from worker_tools import write_llama
+
+from pissa_core.adapters.disk import allocated
+
+BUDGET = 9_000_000
+ID = "someone/llama"
+OPTIONS = ["--rank", "4", "--device", "cpu", "--slots", "1", "--json"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """One file of 21 MB, its largest tensor 2 MB."""
+    folder = write_llama(tmp_path_factory.mktemp("giant") / "model", hidden=512, shards=1)
+    (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> Path:
+    """The conversion of the same model from a folder, with no budget."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    convert_to(model, output, {"rank": 4}, slots=1)
+    return output
+
+
+@dataclass
+class Samples:
+    """The most that has been seen on the disk, and how often somebody looked."""
+
+    peak: int = 0
+    number: int = 0
+
+
+@contextmanager
+def sampling(parent: Path, pattern: str) -> Iterator[Samples]:
+    """Look all the time how much lies in folders of scratch."""
+    samples, done = Samples(), threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.005):
+            total = sum(allocated(folder) for folder in parent.glob(pattern))
+            samples.peak, samples.number = max(samples.peak, total), samples.number + 1
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextmanager
+def converting(hub, output: str, *more: str) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "app.cli", "convert", ID, "--out", output, *OPTIONS, *more]
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def tensors_of(folder: Path) -> Mapping[str, torch.Tensor]:
+    files = [*folder.glob("*.safetensors"), *folder.glob("pissa_init/*.safetensors")]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    ours, theirs = tensors_of(found), tensors_of(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_killed_and_resumed_within_the_budget(hub, model, whole, tmp_path):
+    hub.create_repo(ID, model)
+    output = tmp_path / "out"
+    limits = ["--disk-budget", str(BUDGET), "--max-shard-size", "4MB"]
+    with sampling(tmp_path, ".out.pissa-staging-*/work") as samples:
+        with converting(hub, str(output), *limits) as process:
+            while (
+                process.poll() is None and len(list(tmp_path.glob(".out*/sealed/*/seal.json"))) < 3
+            ):
+                time.sleep(0.01)
+            assert process.poll() is None
+            process.send_signal(signal.SIGKILL)
+        assert not output.exists()
+        (sealed,) = (len(list(folder.iterdir())) for folder in tmp_path.glob(".out*/sealed"))
+        sent = sum(seen.sent for seen in hub.requests("^/blobs/"))
+        with converting(hub, str(output), *limits) as process:
+            said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads(said)["output"] == str(output)
+    assert samples.number > 20
+    assert 0 < samples.peak <= BUDGET
+    assert sealed >= 3
+    again = sum(seen.sent for seen in hub.requests("^/blobs/")) - sent
+    assert again < (model / "model.safetensors").stat().st_size
+    assert len(list(output.glob("model-*.safetensors"))) > 6
+    assert_same(output, whole)
+
+
+def test_stock_libraries_load_what_was_divided(hub, model, whole, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    hub.create_repo(ID, model)
+    with converting(hub, str(tmp_path / "out"), "--disk-budget", str(BUDGET)) as process:
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    tokens = torch.arange(12)[None]
+
+    def logits(folder: Path) -> torch.Tensor:
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            return PeftModel.from_pretrained(base, folder, subfolder="pissa_init")(tokens).logits
+
+    assert torch.equal(logits(tmp_path / "out"), logits(whole))
+
+
+def test_one_tensor_that_does_not_fit_is_refused_with_the_numbers(hub, model, tmp_path):
+    hub.create_repo(ID, model)
+    with converting(hub, str(tmp_path / "out"), "--disk-budget", "2MB") as process:
+        said, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "error[disk_too_small]: model-" in errors
+    assert "disk budget is 2,000,000" in errors
+    assert not list(tmp_path.iterdir())
+    assert not said
