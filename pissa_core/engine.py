@@ -131,7 +131,7 @@ def run_shard(
         yield from way.to_disk(scratch_bytes(plan, work), attempt.folder)
         yield from way.to_line()
         folding = _folding(plan, beside)
-        replace = None if folding is None else partial(folding.replace, work)
+        replace = None if folding is None else partial(folding.replace, source, work)
         with open_workbench(attempt.folder, plan, work, source, replace=replace) as bench:
             yield ShardStarted(shard, count, len(bench.rows))
             rows = dict(bench.rows)

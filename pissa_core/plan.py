@@ -90,6 +90,7 @@ class Fold:
         initial: it is the adapter that the residual was made with, so the result is the original.
         original: the model before the conversion, if the result can be held against it.
         places: where in the original each target's tensor lies, as shard and first byte.
+        listed: path → sha256 of the residual's files of weights, as its manifest says.
     """
 
     adapter: str
@@ -101,6 +102,7 @@ class Fold:
     original: str | None
     original_commit: str | None
     places: Mapping[str, tuple[str, int]]
+    listed: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,12 +34,14 @@ class Lineage:
         initial: it is the adapter that the residual was made with.
         rows: rows of the residual's manifest by module; None without a manifest.
         original: reference of the model that the residual was made from.
+        listed: path → sha256 of every file of weights in the residual's manifest; empty without.
     """
 
     sha256: str
     initial: bool
     rows: Mapping[str, Mapping[str, Any]] | None
     original: str | None
+    listed: Mapping[str, str]
 
 
 def read_manifest(source: CheckpointSource) -> dict[str, Any] | None:
@@ -105,7 +107,32 @@ def trace(residual: CheckpointSource, adapter: Adapter, open_other: Open) -> Lin
         initial=initial,
         rows=None if manifest is None else {row["module"]: row for row in manifest["matrices"]},
         original=None if manifest is None else manifest["source"]["ref"],
+        listed={} if manifest is None else _weights(manifest),
     )
+
+
+def check_is_listed(residual: CheckpointSource, path: str, listed: Mapping[str, str]) -> None:
+    """Refuse a shard that is not the one the residual's manifest lists.
+
+    The file is read for its checksum where the source does not know it.
+
+    Raises:
+        WrongBase: what the adapter belongs to is the residual as it was made.
+    """
+    if not listed:
+        return
+    said = listed.get(path)
+    found = None if said is None else checksum(residual, path)
+    if said is None or found != said:
+        differs = (
+            "is not listed in its manifest"
+            if said is None
+            else f"has the sha256 {str(found)[:16]}…, and its manifest lists {said[:16]}…"
+        )
+        raise WrongBase(
+            f"{path} of {residual.ref} {differs}: it is not the residual that was made",
+            hint="download or make the residual again; `pissa verify` tells what else differs",
+        )
 
 
 def check_same_targets(matrices: Iterable[Matrix], rows: Mapping[str, Mapping[str, Any]]) -> None:

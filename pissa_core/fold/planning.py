@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pissa_core.errors import PissaError, error_from
 from pissa_core.fold.adapter import Adapter, read_adapter
 from pissa_core.fold.arithmetic import folding_bytes
-from pissa_core.fold.belonging import Lineage, Open, check_same_targets, trace
+from pissa_core.fold.belonging import Lineage, Open, check_is_listed, check_same_targets, trace
 from pissa_core.layout import read_layout
 from pissa_core.plan import CarriedTensor, Estimate, Fold, Matrix, Piece, Plan, ShardPlan
 from pissa_core.planning import IMPORT_FOOTPRINT, by_shard
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import LocalRef, parse_ref
 from pissa_core.slots import usable_cores
-from pissa_core.tensorfile import TORCH_DTYPES
+from pissa_core.tensorfile import TORCH_DTYPES, memory_of
 
 _ROW_BYTES = 1024
 _UNKNOWN = Estimate(0, 0, 0, 0, 0)
@@ -58,6 +58,10 @@ def make_fold_plan(
     _check_twins(read, adapted.twins)
     if lineage.rows is not None:
         check_same_targets(adapted.matrices, lineage.rows)
+    for shard in layout.shards:
+        if residual.files()[shard.path].sha256 is not None:  # else when the shard's turn comes
+            check_is_listed(residual, shard.path, lineage.listed)
+    _check_copies(read, residual, adapted.copies)
     original = _find_original(lineage, adapted.matrices, open_other)
     matrices = by_shard(adapted.matrices)
     fold = Fold(
@@ -70,6 +74,7 @@ def make_fold_plan(
         original=original.ref,
         original_commit=original.commit,
         places=original.places,
+        listed=lineage.listed,
     )
     plan = Plan(
         source=residual.ref,
@@ -122,6 +127,28 @@ def _check_twins(adapter: Adapter, twins: Sequence[tuple[str, str]]) -> None:
                 f"{one} and {other} differ in the adapter, and the model has one tensor for both",
                 hint="use the adapter unmerged, or a base with tie_word_embeddings set to false",
             )
+
+
+def _check_copies(
+    adapter: Adapter, residual: CheckpointSource, copies: Sequence[CarriedTensor]
+) -> None:
+    """Refuse targets' own weights beside their factors, unless they are the residual's."""
+    import torch
+
+    for copy in copies:
+        dtype, stored = (TORCH_DTYPES[x.dtype] for x in (adapter.tensors[copy.key], copy))
+        position = copy.start
+        for chunk in adapter.chunks(copy.key):
+            mine = memory_of(torch.frombuffer(bytearray(chunk), dtype=dtype).to(stored))
+            if mine != residual.read(copy.shard, position, position + len(mine)):
+                raise error_from(
+                    "unsupported_adapter",
+                    f"{copy.key}: the adapter stores the weight of a target, too, and it is not "
+                    f"{copy.tensor} of {residual.ref}",
+                    hint="save it again with save_embedding_layers=False, if the weight itself "
+                    "was not trained",
+                )
+            position += len(mine)
 
 
 def _pieces(

@@ -12,10 +12,17 @@ import torch
 from torch import Tensor
 
 from pissa_core.decompose import ran_out_of_memory
-from pissa_core.errors import AccessError, OutOfMemory, PissaError, SourceChanged
+from pissa_core.errors import (
+    AccessError,
+    OutOfMemory,
+    PissaError,
+    SourceChanged,
+    UnsupportedAdapter,
+)
 from pissa_core.events import MatrixDone
 from pissa_core.fold.adapter import WEIGHTS
 from pissa_core.fold.arithmetic import compare, fold_in
+from pissa_core.fold.belonging import check_is_listed
 from pissa_core.fold.planning import fold_bytes
 from pissa_core.plan import CarriedTensor, Fold, Matrix, Plan, ShardPlan, row_of
 from pissa_core.ports import CheckpointSource
@@ -81,8 +88,13 @@ class Folding:
         merged = stored.cpu()
         return row_of(matrix) | {"update": share} | self._likeness(matrix, merged), merged
 
-    def replace(self, shard: ShardPlan, copy: PatchFile) -> None:
-        """Write the tensors that the adapter stores whole over those of a shard."""
+    def replace(self, residual: CheckpointSource, shard: ShardPlan, copy: PatchFile) -> None:
+        """Write the tensors that the adapter stores whole over those of a shard.
+
+        Raises:
+            WrongBase: if the shard is not the one that the residual's manifest lists.
+        """
+        check_is_listed(residual, shard.path, self.fold.listed)
         for tensor in self.fold.replaced:
             if tensor.shard == shard.path:
                 self._replace(tensor, copy)
@@ -95,6 +107,13 @@ class Folding:
             chunk = bytearray(min(CHUNK, piece.stop - start))
             self.beside.adapter.read_into(WEIGHTS, start, memoryview(chunk))
             values = torch.frombuffer(chunk, dtype=dtype).to(stored)
+            if not bool(torch.isfinite(values).all()):
+                raise UnsupportedAdapter(
+                    f"{tensor.key} of the adapter holds values that {tensor.dtype}, the dtype of "
+                    f"{tensor.tensor}, has none for: NaN, Inf or too large",
+                    hint="the training diverged; take an earlier checkpoint, or use the adapter "
+                    "unmerged",
+                )
             copy.write(position, memory_of(values))
             position += values.nbytes
 

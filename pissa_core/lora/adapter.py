@@ -209,10 +209,16 @@ def number(config: Mapping[str, Any], patterns: str, default: str, module: str) 
     """Return what a config says of one module: of its patterns, else its default.
 
     Raises:
-        HeaderInvalid: if that is no positive number.
+        HeaderInvalid: if that is no positive number, or a pattern is none.
     """
     given = config.get(patterns) or {}
-    value = value_for(module, given, config.get(default, 8)) if isinstance(given, dict) else None
+    try:
+        known = isinstance(given, dict)
+        value = value_for(module, given, config.get(default, 8)) if known else None
+    except re.error as error:
+        raise HeaderInvalid(
+            f"{CONFIG}: {patterns} has a key that is no regular expression: {error}"
+        ) from error
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise HeaderInvalid(f"{CONFIG}: {default} of {module} is {value!r}, not a positive number")
     return value

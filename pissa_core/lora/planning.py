@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pissa_core.errors import DiskTooSmall
-from pissa_core.lora.adapter import Adapter, Pair, read_adapter, read_config
+from pissa_core.lora.adapter import WEIGHTS, Adapter, Pair, read_adapter, read_config
 from pissa_core.lora.finding import Opener, find_initial
 from pissa_core.lora.layout import bound_entries
 from pissa_core.lora.lineage import trace
@@ -75,11 +75,11 @@ def check_lora_plan(plan: LoraPlan, found: Found, sink: CheckpointSink) -> None:
     for source in (found.trained, found.initial):
         sink.check(source)
     written = make_header(bound_entries(plan)).file_size
-    # Laid out at the largest ranks first, and once more where a tolerance made them smaller; what
-    # comes from the Hub is downloaded beside it.
+    # Laid out at the largest ranks first, and once more where a tolerance made them smaller; the
+    # weights that come from the Hub are downloaded beside it, and nothing else that lies there.
     fetched = [source for source in (found.trained, found.initial) if not source.rereads]
     needed = written * (1 if plan.options.tolerance is None else 2)
-    needed += sum(info.size for source in fetched for info in source.files().values())
+    needed += sum(source.files()[WEIGHTS].size for source in fetched)
     free = sink.free_bytes()
     if free is not None and needed > free:
         raise DiskTooSmall(

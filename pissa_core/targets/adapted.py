@@ -49,6 +49,8 @@ class Adapted:
 
     Attributes:
         replaced: tensors stored whole, which take the place of the checkpoint's.
+        copies: tensors stored whole that are a target's own weight: PEFT saves those of targets it
+            takes for embeddings. Merging is right if they are the checkpoint's.
         twins: keys of tensors that are one in the model, so they must be equal in the file.
         model_class: the class named by config.json, if it names one.
     """
@@ -57,6 +59,7 @@ class Adapted:
     names_from: str
     matrices: tuple[Matrix, ...]
     replaced: tuple[CarriedTensor, ...]
+    copies: tuple[CarriedTensor, ...]
     twins: tuple[tuple[str, str], ...]
     refused: tuple[Refusal, ...]
 
@@ -99,6 +102,7 @@ def resolve_adapter(
         names_from=skeleton.names_from,
         matrices=matrices,
         replaced=tuple(whole.replaced),
+        copies=tuple(whole.copies),
         twins=tuple(whole.twins),
         refused=(*objected, *whole.refused),
     )
@@ -232,6 +236,7 @@ class _Whole:
     """What the adapter stores whole: where each tensor goes, and which must be equal."""
 
     replaced: list[CarriedTensor]
+    copies: list[CarriedTensor]
     twins: list[tuple[str, str]]
     refused: list[Refusal]
 
@@ -240,23 +245,19 @@ def _place_whole(
     held: Mapping[str, tuple[int, ...]], names: Names, targeted: Collection[str]
 ) -> _Whole:
     """Find the place of what the adapter stores whole: saved modules, embeddings, biases."""
-    whole = _Whole([], [], [])
+    whole = _Whole([], [], [], [])
     keys = {_parameter(key): key for key in held if ".lora_" not in key and not _is_copy(key)}
     for parameter, key in keys.items():
         other = names.tied.get(parameter)
         if parameter in targeted:
-            reason = (
-                "the adapter stores the weight of a target, too; save it again with "
-                "save_embedding_layers=False"
-            )
-            whole.refused.append(Refusal(parameter, "unsupported_adapter", reason))
+            _place(parameter, key, held[key], names, whole, whole.copies)
         elif other is not None and other not in keys:
             reason = f"the adapter trains it whole, and it is shared with {other}"
             whole.refused.append(Refusal(parameter, "tied_weight", reason))
         elif other is not None and parameter not in names.stored:
             whole.twins.append((key, keys[other]))
         else:
-            _place(parameter, key, held[key], names, whole)
+            _place(parameter, key, held[key], names, whole, whole.replaced)
     return whole
 
 
@@ -264,7 +265,14 @@ def _parameter(key: str) -> str:
     return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def _place(parameter: str, key: str, shape: tuple[int, ...], names: Names, whole: _Whole) -> None:
+def _place(
+    parameter: str,
+    key: str,
+    shape: tuple[int, ...],
+    names: Names,
+    whole: _Whole,
+    among: list[CarriedTensor],
+) -> None:
     stored = names.stored.get(parameter, ())
     if len(stored) != 1 or stored[0].converted or stored[0].tensor.shape != shape:
         reason = (
@@ -274,7 +282,7 @@ def _place(parameter: str, key: str, shape: tuple[int, ...], names: Names, whole
         whole.refused.append(Refusal(parameter, "unsupported_adapter", reason))
         return
     tensor = stored[0].tensor
-    whole.replaced.append(
+    among.append(
         CarriedTensor(
             key=key,
             tensor=tensor.name,

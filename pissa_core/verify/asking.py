@@ -15,7 +15,7 @@ from pissa_core.plan import CarriedTensor, Matrix, Piece
 from pissa_core.ports import CheckpointSource
 from pissa_core.report.manifest import canonical_json
 from pissa_core.spec import parse_config
-from pissa_core.verify.case import OTHERS, Case, Fault, Unit
+from pissa_core.verify.case import OTHERS, Case, Fault, Unit, of_a_tool
 from pissa_core.verify.claims import row_faults, shape_faults, total_faults
 from pissa_core.verify.examine import ADAPTER
 
@@ -30,7 +30,6 @@ _OURS = {
     "pissa_report/spectra.svg",
     "pissa_report/energy.svg",
 }
-_OF_THE_HUB = ".gitattributes"  # which it puts into every repo
 
 
 @dataclass(slots=True)
@@ -152,6 +151,8 @@ def _resolve(
         return (), ()
     for refusal in adapted.refused:
         found.note("adapter", refusal.name, refusal.reason)
+    for copy in adapted.copies:
+        found.note("adapter", copy.key, "the adapter stores the weight of a target, too")
     if theirs is None:
         return (), adapted.replaced
     return tuple(_moved(m, theirs) for m in adapted.matrices if _same(m, theirs)), adapted.replaced
@@ -277,7 +278,7 @@ def _check_side_files(
     known = {*layout.side_files, *_OURS, *(shard.path for shard in theirs.shards)}
     known |= {theirs.index} if theirs.index else set()
     for path in sorted(there - known):
-        if path != _OF_THE_HUB or converted.commit is None:
+        if not of_a_tool(path):
             found.note("files", path, "no conversion of the original has such a file")
 
 
@@ -285,7 +286,7 @@ def _units(converted: CheckpointSource, theirs: Layout | None) -> tuple[Unit, ..
     files = converted.files()
     shards = [shard.path for shard in theirs.shards] if theirs is not None else []
     heavy = [*shards, *([ADAPTER] if ADAPTER in files else [])]
-    rest = sum(info.size for path, info in files.items() if path not in heavy)
+    rest = sum(info.size for path, info in files.items() if not (path in heavy or of_a_tool(path)))
     return (*(Unit(path, files[path].size) for path in heavy), Unit(OTHERS, rest))
 
 

@@ -25,6 +25,12 @@ OTHERS = "files beside the weights"
 """The unit of work that is no shard."""
 
 
+def of_a_tool(path: str) -> bool:
+    """Whether a file is what Git or a download leaves in a folder; it is no part of a model."""
+    first, _, rest = path.partition("/")
+    return path in {".gitattributes", ".gitignore"} or (bool(rest) and first in {".cache", ".git"})
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """Something that is not as it should be.

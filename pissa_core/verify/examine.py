@@ -17,7 +17,7 @@ from pissa_core.layout import TensorInfo, read_header, read_layout
 from pissa_core.plan import Matrix, row_of
 from pissa_core.ports import CheckpointSource
 from pissa_core.tensorfile import TORCH_DTYPES, empty
-from pissa_core.verify.case import OTHERS, Case, Fault
+from pissa_core.verify.case import OTHERS, Case, Fault, of_a_tool
 from pissa_core.verify.matrix import UNIT, Recombination
 from pissa_core.verify.reading import PIECE, Original, Tape, first_difference, pieces
 
@@ -219,7 +219,9 @@ class Examiner:
         units = {unit.path for unit in self.case.units}
         ours, theirs = self.converted.files(), self.original.files()
         for path in sorted(ours.keys() - units):
-            if path == "pissa_manifest.json":
+            listed = self.case.manifest.get("files")
+            stated = isinstance(listed, dict) and path in listed
+            if path == "pissa_manifest.json" or (of_a_tool(path) and not stated):
                 continue
             self._hash(path, finding)
             if path in self.case.side_files and path in theirs:

@@ -28,8 +28,7 @@ def make_report(
     files = {path: info for finding in findings for path, info in finding["files"].items()}
     faults = [*case.faults, *(Fault(**fault) for f in findings for fault in f["faults"])]
     if case.manifest:
-        listed = {path: info for path, info in files.items() if not _of_the_hub(case, path)}
-        faults += [*file_faults(case.manifest, listed), *figure_faults(case.manifest, rows)]
+        faults += [*file_faults(case.manifest, files), *figure_faults(case.manifest, rows)]
     order = {matrix.module: number for number, matrix in enumerate(case.matrices)}
     ordered = sorted(rows, key=lambda row: order[row["module"]])
     checked = _checked(case, ordered, findings)
@@ -50,14 +49,6 @@ def make_report(
         "totals": _totals(case, ordered),
         "passed": passed,
     }
-
-
-def _of_the_hub(case: Case, path: str) -> bool:
-    return (
-        path == ".gitattributes"
-        and case.converted_commit is not None
-        and (path not in case.manifest.get("files", {}))
-    )
 
 
 def _checked(

@@ -214,6 +214,20 @@ def test_embedding_factors_go_in_turned(tmp_path):
     compare_with_peft(tmp_path / "plain", model, tmp_path / "adapter", EPS["fp32"])
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_head_that_peft_saved_beside_its_factors(tmp_path, dtype):
+    """PEFT by itself saves the weight of a target that is a head or an embedding."""
+    _, output = pair("llama", tmp_path, dtype=dtype, target_modules=["q_proj", "lm_head"])
+    adapter = trained(output, tmp_path / "trained")
+    path = adapter / "adapter_model.safetensors"
+    saved = load_file(path)
+    key = "base_model.model.lm_head.base_layer.weight"
+    save_file({**saved, key: saved[key].float()}, path, {"format": "pt"})
+    manifest = fold_to(output, adapter, tmp_path / "plain")
+    assert manifest["replaced"] == []
+    compare_with_peft(tmp_path / "plain", output, adapter, EPS[dtype])
+
+
 def test_only_the_plain_model_comes_out_with_its_own_card(tmp_path):
     model = tinymodels.save_model("llama", tmp_path / "model")
     (model / "tokenizer.json").write_text('{"left": "as it was"}')

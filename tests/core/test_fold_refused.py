@@ -114,6 +114,16 @@ def only_queries(place: Path) -> None:
     edit_weights(keep)(place)
 
 
+def never_split(place: Path) -> None:
+    """The original's weights where the residual's were: every name and shape is right."""
+    shutil.copy(place / "model" / "model.safetensors", place / "pair" / "model.safetensors")
+
+
+def not_the_targets_own(tensors: dict[str, torch.Tensor]) -> None:
+    key = Q_PROJ.replace("lora_A", "base_layer")
+    tensors[key] = torch.zeros(32, 32)
+
+
 def extra_key(tensors: dict[str, torch.Tensor]) -> None:
     tensors[Q_PROJ.replace("layers.0", "layers.7")] = tensors[Q_PROJ].clone()
 
@@ -174,6 +184,21 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
         config(target_modules=["c_attn"]),
         "adapters_do_not_match",
         "no module.*c_attn",
+    ),
+    "a residual of other weights": (
+        never_split,
+        "wrong_base",
+        r"model\.safetensors of .*pair has the sha256 .* manifest lists",
+    ),
+    "a residual that is not listed": (
+        edit_manifest(lambda manifest: manifest["files"].pop("model.safetensors")),
+        "wrong_base",
+        r"model\.safetensors of .*pair is not listed in its manifest",
+    ),
+    "a target's own weight, changed": (
+        edit_weights(not_the_targets_own),
+        "unsupported_adapter",
+        r"q_proj\.base_layer\.weight: .*and it is not model\.layers\.0\.self_attn\.q_proj",
     ),
     "DoRA": (config(use_dora=True), "unsupported_adapter", "DoRA.*magnitude"),
     "bias of B": (config(lora_bias=True), "unsupported_adapter", "sets lora_bias"),
@@ -294,4 +319,16 @@ def test_what_leaves_the_range_of_the_weights_is_said(tmp_path):
     edit_weights(lambda tensors: tensors[Q_PROJ].mul_(1e7))(tmp_path)
     with pytest.raises(PissaError, match=r"q_proj\.weight: the merged weights leave the range"):
         fold_to(tmp_path / "pair", adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_trained_whole_and_leaves_the_range_is_said(tmp_path):
+    model = tinymodels.save_model("llama", tmp_path / "model", dtype="fp16")
+    convert_to(model, tmp_path / "pair", {"rank": 4})
+    shutil.copytree(tmp_path / "pair/pissa_init", tmp_path / "adapter")
+    norm = "base_model.model.model.norm.weight"
+    edit_weights(lambda tensors: tensors.update({norm: torch.full((32,), 1e6)}))(tmp_path)
+    edit_config(tmp_path, modules_to_save=["model.norm"])
+    with pytest.raises(PissaError, match=r"norm\.weight of the adapter holds values that F16"):
+        fold_to(tmp_path / "pair", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,8 @@ import torch
 from conversions import convert_to
 from lora_tools import edit_config, edit_weights, made_adapter, to_lora
 
+from pissa_core.adapters import open_sink, open_source
+from pissa_core.adapters.local import LocalSource
 from pissa_core.errors import (
     AdaptersDoNotMatch,
     HeaderInvalid,
@@ -26,6 +28,9 @@ from pissa_core.errors import (
     UnsupportedDtype,
     WrongBase,
 )
+from pissa_core.lora.planning import Found, check_lora_plan, make_lora_plan
+from pissa_core.refs import LocalRef
+from pissa_core.spec import LoraOptions
 
 SHAPES = {"layers.0.q": (12, 16), "layers.0.v": (8, 16), "layers.1.q": (12, 16)}
 Q = "base_model.model.layers.0.q"
@@ -129,6 +134,29 @@ def test_a_config_with_a_number_that_is_none(adapters, alpha):
     edit_config(adapters[0], lora_alpha=alpha)
     message = refusal(adapters, HeaderInvalid)
     assert f"lora_alpha of layers.0.q is {alpha!r}, not a positive number" in message
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_config_with_a_pattern_that_is_none(adapters, field):
+    edit_config(adapters[0], **{field: {"(": 4}})
+    message = refusal(adapters, HeaderInvalid)
+    assert f"{field} has a key that is no regular expression" in message
+
+
+class Remote(LocalSource):
+    """A folder that is downloaded from, as the Hub is."""
+
+    rereads = False
+
+
+def test_what_a_trainer_saved_beside_an_adapter_needs_no_disk(adapters, tmp_path):
+    with (adapters[0] / "optimizer.pt").open("wb") as file:
+        file.truncate(1 << 42)
+    trained, initial = (Remote(folder) for folder in adapters)
+    found = Found(trained, LocalRef(str(adapters[1])), initial)
+    plan = make_lora_plan(found, LoraOptions(), open_source)
+    sink = open_sink(LocalRef(str(tmp_path / "lora")), digest="0" * 16)
+    check_lora_plan(plan, found, sink)
 
 
 def test_a_file_cut_short(adapters):

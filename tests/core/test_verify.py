@@ -282,6 +282,15 @@ def test_files_too_many_and_too_few(made, spoiled):
     assert ("tokenizer.json", "the manifest lists it, and it is not there") in found
 
 
+def test_what_a_download_leaves_is_no_part_of_the_model(made, spoiled):
+    for path in (".cache/huggingface/download/config.json.metadata", ".git/HEAD", ".gitattributes"):
+        (spoiled / path).parent.mkdir(parents=True, exist_ok=True)
+        (spoiled / path).write_text("left here")
+    report = verified(made / "model", spoiled)
+    assert report["passed"]
+    assert not report["files"].keys() & {".git/HEAD", ".gitattributes"}
+
+
 def test_a_side_file_that_is_not_the_originals(made, spoiled):
     (spoiled / "tokenizer.json").write_text('{"left": "as it was not"}')
     make_true(spoiled)
