@@ -20,6 +20,7 @@ from pissa_core.decompose import decompose
 from pissa_core.errors import (
     CheckpointError,
     OutputError,
+    OutputExists,
     PissaError,
     Refused,
     SourceChanged,
@@ -97,9 +98,12 @@ def carry_out(
 
 
 def is_hopeless(error: PissaError) -> bool:
-    """Whether trying again cannot help, so that staged work is of no further use."""
+    """Whether trying again cannot help, so that staged work is of no further use.
+
+    What lies where the result belongs can be moved away, and hours of work be shown after all.
+    """
     kinds = (CheckpointError, TargetError, OutputError, WayBackError, Refused)
-    return isinstance(error, kinds)
+    return isinstance(error, kinds) and not isinstance(error, OutputExists)
 
 
 def run_shard(

@@ -78,6 +78,7 @@ class Context:
             found,
             root=self.settings.local_root,
             token=self.vault.open(claim.sealed_token),
+            patient=claim.task != "plan",
             on_wait=self._telling(claim),
         )
 

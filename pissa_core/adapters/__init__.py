@@ -32,7 +32,7 @@ def open_source(
         root: the folder local references must stay below; None sets no limit.
         token: Hub token for this source alone; None uses the process's own.
         endpoint: the Hub's address; None uses the process's own.
-        patient: nobody waits for the answer, so a Hub that is away or busy is waited for.
+        patient: nobody waits for the answer, so a Hub that asks to wait is waited for.
         on_wait: told of every pause that the Hub makes necessary.
 
     Raises:
@@ -43,9 +43,9 @@ def open_source(
         from pissa_core.adapters.local import LocalSource
 
         return LocalSource(resolve_local(ref, root), root=root)
-    from pissa_core.adapters.hub import OPENING, TRANSFER, HubClient, HubSource
+    from pissa_core.adapters.hub import OPENING, PATIENT_OPENING, HubClient, HubSource
 
-    opening = TRANSFER if patient else OPENING
+    opening = PATIENT_OPENING if patient else OPENING
     client = HubClient(token=token, endpoint=endpoint, opening=opening, on_wait=on_wait)
     return HubSource(ref, client=client)
 

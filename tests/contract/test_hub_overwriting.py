@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import pytest
 from hub.faults import Fault
-from hub_tools import OUT
+from hub_tools import IN, OUT
 from places import CONTENTS, contents_of, publication, seal_in
 
 from pissa_core.adapters.memory import MemorySource
-from pissa_core.errors import TokenInvalid
+from pissa_core.engine import convert
+from pissa_core.errors import OutputExists, TokenInvalid
+from pissa_core.events import Publishing
+from pissa_core.runtime import Runtime
+from pissa_core.spec import parse_config
 
 LOCAL = MemorySource({})
 RESULT = {
@@ -74,3 +78,27 @@ def test_a_result_that_is_there_already_is_published_without_a_commit(hub, open_
         assert sink.ref == f"hf://{OUT}@{hub.repos[OUT].branches['main']}"
         sink.discard()
     assert len(hub.repos[OUT].history("main")) == 2  # the repo's first, and ours
+
+
+def test_what_is_in_the_way_at_the_end_can_be_moved_and_nothing_is_sent_twice(
+    hub, open_hub, open_hub_sink, somebodys_token
+):
+    source = open_hub(IN, somebodys_token)
+    with pytest.raises(OutputExists, match="filled by something else"):
+        convert_and(open_hub_sink(OUT, somebodys_token), source, at_the_end=lambda: fill(hub))
+    assert contents_of(hub, OUT) == {"theirs.txt": b"somebody else's"}
+    sent = dict(hub.uploads.finished)
+    hub.repos[OUT].commit({"theirs.txt": None})
+    convert_and(open_hub_sink(OUT, somebodys_token), source, at_the_end=lambda: None)
+    assert "pissa_manifest.json" in contents_of(hub, OUT)
+    assert {oid: hub.uploads.finished[oid] for oid in sent} == sent
+
+
+def fill(hub):
+    hub.repos[OUT].commit({"theirs.txt": b"somebody else's"})
+
+
+def convert_and(sink, source, *, at_the_end):
+    for event in convert(source, sink, parse_config({"rank": 2}), Runtime("cpu", slots=1)):
+        if isinstance(event, Publishing):
+            at_the_end()

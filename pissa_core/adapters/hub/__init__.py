@@ -10,11 +10,20 @@ what went wrong into our errors, ``waiting.py`` decides how long to go on, ``sou
 from pissa_core.adapters.hub.client import HubClient
 from pissa_core.adapters.hub.sink import HubSink
 from pissa_core.adapters.hub.source import HubSource
-from pissa_core.adapters.hub.waiting import COMMIT, OPENING, TRANSFER, Notice, Patience, Pause
+from pissa_core.adapters.hub.waiting import (
+    COMMIT,
+    OPENING,
+    PATIENT_OPENING,
+    TRANSFER,
+    Notice,
+    Patience,
+    Pause,
+)
 
 __all__ = [
     "COMMIT",
     "OPENING",
+    "PATIENT_OPENING",
     "TRANSFER",
     "HubClient",
     "HubSink",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pissa_core.errors import PissaError
 
@@ -36,6 +36,8 @@ OPENING = Patience(give_up_s=12, longest_pause_s=12)
 TRANSFER = Patience(give_up_s=120, longest_pause_s=330, tries=2)
 """For data: the Hub's rate limits are counted over 300 s, so the next window is waited for."""
 
+PATIENT_OPENING = replace(OPENING, longest_pause_s=TRANSFER.longest_pause_s)
+"""For the first calls of a job: nobody waits, and one that finds the Hub away is tried again."""
 
 COMMIT = Patience(give_up_s=300, longest_pause_s=3900, tries=2)
 """For commits: the Hub counts them over an hour, and they are the last step of long work."""
