@@ -40,7 +40,7 @@ from pissa_core.events import (
 from pissa_core.fold.result import folded_publication
 from pissa_core.fold.work import Beside, Folding
 from pissa_core.headstart import HeadStart
-from pissa_core.lanes import side_by_side
+from pissa_core.lanes import in_turn, side_by_side
 from pissa_core.plan import IN_FLIGHT, Plan, ShardPlan
 from pissa_core.planning import make_plan, publish_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource, Seal
@@ -177,7 +177,7 @@ def _run_shards(
         partial(run_shard, plan, shard.path, source, sink, runtime, head_start, beside=beside)
         for shard in plan.shards
     ]
-    events = side_by_side(streams, lanes=lanes) if lanes > 1 else streams[0]()
+    events = side_by_side(streams, lanes=lanes) if lanes > 1 else in_turn(streams)
     with closing(cast("Generator[Event]", events)):
         for event in events:
             if not isinstance(event, Waiting):

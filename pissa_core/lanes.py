@@ -60,6 +60,12 @@ class _Lanes(Generic[T]):
         return False
 
 
+def in_turn(streams: Iterable[Callable[[], Generator[T]]]) -> Iterator[T]:
+    """Yield what several iterators yield, one after another, in this thread."""
+    for begin in streams:
+        yield from begin()
+
+
 def side_by_side(streams: Iterable[Callable[[], Generator[T]]], *, lanes: int) -> Iterator[T]:
     """Yield what several iterators yield, as it comes; at most `lanes` of them run at a time.
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from pissa_core.lanes import side_by_side
+from pissa_core.lanes import in_turn, side_by_side
 
 
 def numbers(name: str, count: int, closed: list[str], running: list[int] | None = None):
@@ -32,6 +32,17 @@ def test_everything_comes_in_each_one_s_order(lanes):
     for name in "abcd":
         assert [number for each, number in found if each == name] == list(range(20))
     assert sorted(closed) == list("abcd")
+
+
+def test_in_turn_is_one_after_another_and_closes_the_one_under_way():
+    closed: list[str] = []
+    streams = [partial(numbers, name, 2, closed) for name in "abc"]
+    assert list(in_turn(streams)) == [(name, n) for name in "abc" for n in range(2)]
+    closed.clear()
+    events = in_turn(streams)
+    next(events)
+    events.close()
+    assert closed == ["a"]
 
 
 def test_no_more_run_than_there_are_lanes():

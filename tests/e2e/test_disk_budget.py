@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 from conversions import convert_to
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
-from worker_tools import write_llama
+from service_fixtures import quick_settings
+from worker_tools import running_worker, wait_for, wait_for_end, write_llama
 
 from pissa_core.adapters.disk import allocated
+from worker.connect import open_store
+from worker.contract import BaseToPissa, Status
+from worker.embedded import embedded_valkey
 
 BUDGET = 9_000_000
 ID = "someone/llama"
@@ -121,6 +127,37 @@ def test_killed_and_resumed_within_the_budget(hub, model, whole, tmp_path):
     assert again < (model / "model.safetensors").stat().st_size
     assert len(list(output.glob("model-*.safetensors"))) > 6
     assert_same(output, whole)
+
+
+def test_two_workers_share_the_shards_and_the_budget(hub, model, whole, tmp_path):
+    hub.create_repo(ID, model)
+    token = hub.create_token("me")
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    with embedded_valkey(tmp_path / "data") as url, sampling(tmp_path, "data/scratch") as samples:
+        settings = quick_settings(url, tmp_path / "data", tmp_path / "models").model_copy(
+            update={"disk_budget": BUDGET, "local_root": None}
+        )
+        store = open_store(settings)
+        with (
+            running_worker(settings, logs[0], hub=hub.endpoint),
+            running_worker(settings, logs[1], hub=hub.endpoint),
+        ):
+            for log in logs:
+                wait_for(lambda log=log: log.read_text().count("ready.") == 2, "both nodes")
+            output = {"ref": "hf://me/out", "max_shard_size": "4MB"}
+            body = BaseToPissa(model=ID, output=output, pissa={"rank": 4})
+            job = wait_for_end(store, store.submit(body, owner="me", hub_token=token)[0].id)
+        store.close()
+    assert job.status is Status.SUCCEEDED, job.error
+    assert job.progress.shards.total > 6
+    for log in logs:
+        assert re.search(r"attempt 1 begins.*shard:|shard:.*attempt 1 begins", log.read_text())
+    assert samples.number > 20
+    assert 0 < samples.peak <= BUDGET
+    assert set(hub.uploads.finished.values()) == {1}
+    snapshot_download("me/out", endpoint=hub.endpoint, local_dir=tmp_path / "down")
+    assert_same(tmp_path / "down", whole)
+    assert not list((tmp_path / "data" / "scratch").iterdir())
 
 
 def test_stock_libraries_load_what_was_divided(hub, model, whole, tmp_path):
