@@ -44,7 +44,7 @@ from pissa_core.lanes import in_turn, side_by_side
 from pissa_core.plan import IN_FLIGHT, Plan, ShardPlan
 from pissa_core.planning import make_plan, publish_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource, Seal
-from pissa_core.runtime import Runtime, resolve
+from pissa_core.runtime import Runtime, give_back, resolve
 from pissa_core.spec import PissaConfig, parse_config
 from pissa_core.traffic import ThreadGate, Traffic
 from pissa_core.workbench import open_workbench, scratch_bytes, stays_as_it_is
@@ -144,16 +144,18 @@ def run_shard(
                     nbytes = matrix.stop - matrix.start
                     yield MatrixDone(shard, rows[matrix.tensor], nbytes, 0.0, resumed=True)
             missing = [matrix for matrix in work.matrices if matrix.tensor not in rows]
-            if folding is None:
-                config = parse_config(plan.config)
-                doing = decompose(missing, config, bench, resolve(runtime), head_start)
-            else:
-                doing = folding.matrices(missing, bench, resolve(runtime))
             yield from way.to_device() if missing else ()
             way.fetched()
+            resolved = resolve(runtime)  # what is free is known once nobody else computes
+            if folding is None:
+                config = parse_config(plan.config)
+                doing = decompose(missing, config, bench, resolved, head_start)
+            else:
+                doing = folding.matrices(missing, bench, resolved)
             for done in doing:
                 rows[done.row["tensor"]] = done.row
                 yield done
+            give_back(resolved)
             way.computed()
             ordered = tuple(rows[matrix.tensor] for matrix in work.matrices)
             seal = bench.close_shard(ordered, attempt.folder)

@@ -65,6 +65,12 @@ def _budget(wished: int | None, device: torch.device) -> int:
     return room if wished is None else min(wished, room)
 
 
+def give_back(resolved: Resolved) -> None:
+    """Let the next process have what this one no longer uses of a GPU's memory."""
+    if resolved.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
