@@ -25,7 +25,7 @@ IMPORT_FOOTPRINT = 480_000_000
 Measured as the peak resident size on Linux with CPU builds (`tests/core/test_planning.py` holds
 it to what it is there); a CUDA context adds its own.
 """
-_SMALL = 1 << 20
+_SMALL = 16 << 20  # up to this the Hub may keep a file in git, and it lies here until the commit
 _REPORT_BYTES = 1 << 20  # card, pictures, index: what there is of them beside one row a matrix
 _UNKNOWN = Estimate(0, 0, 0, 0, 0)
 
@@ -164,7 +164,7 @@ def publish_bytes(plan: Plan, sizes: Mapping[str, int], adapter: int) -> int:
     The adapter and large files of the source lie here one at a time, small ones together.
     """
     files = [sizes[path] for path in plan.side_files]
-    small = sum(min(size, _SMALL) for size in files) + sum(row_bytes(m) for m in plan.matrices)
+    small = sum(size for size in files if size <= _SMALL) + sum(row_bytes(m) for m in plan.matrices)
     return max([adapter, *files]) + small + _REPORT_BYTES
 
 

@@ -37,6 +37,7 @@ OTHER_FORMATS = (
     ".tflite",
 )
 _TOOL_FOLDERS = {".cache", ".git", "original", "__pycache__"}
+_NOWHERE = {".cache", ".git"}  # the Hub client sends nothing of the name: a submodule's .git, say
 _ADAPTERS = {"adapter_config.json", "adapter_model.safetensors"}
 _WEIGHT_INDEX = tuple(f"{suffix}.index" for suffix in (*OTHER_FORMATS, ".safetensors"))
 _MODULES = "modules.json"
@@ -68,7 +69,7 @@ def _goes_along(path: str, modules: frozenset[str]) -> bool:
     parts = PurePosixPath(path).parts
     if parts[0] in OWN_NAMES or _TOOL_FOLDERS.intersection(parts[:-1]) or parts[0] in _TOOL_FOLDERS:
         return False
-    if parts[-1] in _ADAPTERS:
+    if parts[-1] in _ADAPTERS | _NOWHERE:
         return False
     if str(PurePosixPath(path).parent) in modules:
         return True

@@ -48,6 +48,15 @@ def test_what_changes_on_the_branch_while_work_is_staged_is_overwritten(hub, ope
     assert contents_of(hub, OUT)["config.json"] == CONTENTS["config.json"]
 
 
+def test_what_the_client_would_not_write_is_overwritten_too(hub, open_hub_sink):
+    hub.create_repo(OUT, files={".cache/huggingface/download/x.lock": b"", "sub/.cache/y": b"y"})
+    sink = open_hub_sink(OUT, hub.create_token("somebody"), overwrite=True)
+    sink.check(LOCAL)
+    seal_in(sink)
+    sink.publish(publication())
+    assert contents_of(hub, OUT).keys() == RESULT
+
+
 def test_an_older_result_with_the_same_marker_is_not_taken_for_ours(hub, open_hub_sink):
     token = hub.create_token("somebody")
     older = open_hub_sink(OUT, token)

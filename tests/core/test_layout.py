@@ -144,6 +144,7 @@ def test_side_files_go_along(path):
     [
         ".cache/huggingface/download/config.json.metadata",
         ".git/config",
+        "assets/.git",
         "adapter_config.json",
         "adapter_model.safetensors",
         "consolidated.safetensors",

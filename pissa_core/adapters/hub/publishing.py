@@ -62,7 +62,7 @@ class _Built:
         """Return the change that leaves nothing of a tree but what is built."""
         paths = {operation.path_in_repo for operation in self.operations}
         gone = sorted(set(there.files) - paths - {ATTRIBUTES})
-        deletions = [CommitOperationDelete(path) for path in gone]
+        deletions = [_deletion_of(path) for path in gone]
         wanted = {**self.wanted, **dict.fromkeys(gone)}
         return Change([*deletions, *self.operations], wanted, message)
 
@@ -228,6 +228,13 @@ def large_file_of(contents: Publication, path: str, writer: HubWriter) -> HubFil
         return None
     info = source.files()[path]
     return None if info.sha256 is None else HubFile(info.size, None, info.sha256)
+
+
+def _deletion_of(path: str) -> CommitOperationDelete:
+    deletion = CommitOperationDelete("a", is_folder=False)
+    # Set behind the client's back: it names no path with .cache/ in it, and a git push may have.
+    deletion.path_in_repo = path
+    return deletion
 
 
 def _copy_of(source: object, path: str) -> CommitOperationCopy:
