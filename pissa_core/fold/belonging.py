@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pissa_core.errors import AdaptersDoNotMatch, HeaderInvalid, PissaError, WrongBase
+from pissa_core.errors import (
+    AdaptersDoNotMatch,
+    HeaderInvalid,
+    HubUnavailable,
+    PissaError,
+    WrongBase,
+)
 from pissa_core.fold.adapter import CONFIG, WEIGHTS, Adapter, checksum, decomposes
 from pissa_core.plan import Matrix
 from pissa_core.ports import CheckpointSource
@@ -213,7 +219,10 @@ def _is_a_copy(name: str, revision: object, manifest: Mapping[str, Any], open_ot
     try:
         at = f"@{quote(revision, safe='')}" if isinstance(revision, str) and revision else ""
         other = read_manifest(open_other(parse_ref(f"{name}{at}")))
-    except PissaError:
+    except PissaError as error:
+        # A Hub that asks to wait will answer; a machine without a way to it knows no more.
+        if error.retryable and not isinstance(error, HubUnavailable):
+            raise
         return False
     return other is not None and _weights(other) == _weights(manifest)
 

@@ -122,10 +122,14 @@ def _is_folder(name: str) -> bool:
 
 
 def parent_of(initial: Ref) -> Ref | None:
-    """Return the model that an initial adapter lies in, if its folder's name says so."""
+    """Return the model that an initial adapter lies in, if its folder's name says so.
+
+    A folder that was renamed lies in one if there is a manifest beside it.
+    """
     if isinstance(initial, LocalRef):
         path = Path(initial.path).expanduser()
-        return LocalRef(str(path.parent)) if path.name == INITIAL else None
+        inside = path.name == INITIAL or (path.parent / MANIFEST).is_file()
+        return LocalRef(str(path.parent)) if inside else None
     if initial.subfolder is None or PurePosixPath(initial.subfolder).name != INITIAL:
         return None
     above = str(PurePosixPath(initial.subfolder).parent)

@@ -156,6 +156,9 @@ def _from_manifest(place: Place, manifest: Mapping[str, Any]) -> Lineage:
     original = LocalRef(text) if text.startswith("/") else parse_ref(text)
     name = original.repo_id if isinstance(original, HubRef) else original.path
     at = f" at commit {commit}" if commit else ""
+    if isinstance(original, HubRef) and original.subfolder:
+        # An adapter's config has no field for it.
+        at = f", in the folder {original.subfolder} of that repo{at}"
     note = (
         f"the original base is {name}{at}, and the initial adapter is the one that was made from "
         f"it: so says the manifest of {place.source.ref}"

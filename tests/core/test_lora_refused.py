@@ -343,6 +343,28 @@ def test_a_pair_that_was_moved_is_known_by_its_manifest(pair, tmp_path):
     assert f"was trained on /elsewhere, the initial adapter lies in {moved}" in message
 
 
+def test_an_initial_adapter_whose_folder_was_renamed(pair, tmp_path):
+    trained = trained_from(pair, tmp_path / "trained")
+    moved = shutil.copytree(pair, tmp_path / "moved")
+    (moved / "pissa_init").rename(moved / "first")
+    edit_config(trained, base_model_name_or_path=str(tmp_path / "gone"))
+    edit_config(moved / "first", base_model_name_or_path=str(tmp_path / "gone"))
+    manifest = to_lora(trained, tmp_path / "lora", moved / "first")
+    assert manifest["lineage"]["residual"] == {"ref": str(moved)}
+
+
+def test_an_original_in_a_folder_of_a_repo_is_noted(pair, tmp_path):
+    moved = shutil.copytree(pair, tmp_path / "moved")
+    path = moved / "pissa_manifest.json"
+    source = {"ref": "hf://org/name@abc/inner", "commit": "abc"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "source": source}))
+    trained = trained_from(pair, tmp_path / "trained")
+    edit_config(trained, base_model_name_or_path=str(moved))
+    lineage = to_lora(trained, tmp_path / "lora")["lineage"]
+    assert lineage["original"] == {"name": "org/name", "commit": "abc"}
+    assert "org/name, in the folder inner of that repo at commit abc" in lineage["notes"][0]
+
+
 def test_a_manifest_that_lists_no_initial_adapter(pair, tmp_path):
     moved = shutil.copytree(pair, tmp_path / "moved")
     manifest = json.loads((moved / "pissa_manifest.json").read_text())
