@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
+
+import psutil
 
 from worker.connect import connect
 from worker.errors import StoreUnavailable
@@ -25,6 +30,7 @@ from worker.settings import Settings
 from worker.store.connection import Connection
 from worker.store.reaper import Reaper
 
+_GATES = "pissa-worker-"
 _POLL_S = 0.2
 _FIRST_DELAY_S, _LONGEST_DELAY_S, _STEADY_S = 0.5, 30.0, 60.0
 logger = logging.getLogger(__name__)
@@ -38,10 +44,21 @@ def run_worker(settings: Settings, *, device: str, slots: int | None) -> None:
     """
     stopping = _stop_on_signals()
     configure_logging("worker")
-    with TemporaryDirectory(prefix="pissa-worker-") as gates:
-        worker = _Worker(settings, device, slots, Path(gates))
+    with _folder_of_gates() as gates:
+        worker = _Worker(settings, device, slots, gates)
         with Reaper(worker.connection, settings):
             worker.run(stopping)
+
+
+@contextmanager
+def _folder_of_gates() -> Iterator[Path]:
+    """Make a folder for the gates that this worker's processes share; remove those of the dead."""
+    for left in Path(gettempdir()).glob(f"{_GATES}*-*"):
+        pid = left.name.removeprefix(_GATES).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=f"{_GATES}{os.getpid()}-") as folder:
+        yield Path(folder)
 
 
 @dataclass
