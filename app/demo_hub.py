@@ -58,6 +58,7 @@ def report_traffic(endpoint: str, output: str) -> None:
     commits = Counter(branch for repo, branch in counts["commits"] if repo == output)
     sent, received = (sum(counts[way].values()) / 1e6 for way in ("sent", "received"))
     console.print(f"Down from and up to the Hub         {sent:.1f} MB, {received:.1f} MB")
+    console.print("  with the original and the result, loaded from it for the comparison")
     for branch, number in commits.items():
         console.print(f"Commits on {branch}: {number}")
     console.print(f"This Hub ends here; what it kept is in {_FOLDER / 'storage'}")

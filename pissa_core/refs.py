@@ -90,7 +90,8 @@ def parse_output(text: str, branch: str | None = None) -> Ref:
     if "/" not in ref.repo_id:
         raise InvalidReference(
             f"{text!r} names no owner, and an output on the Hub needs one",
-            hint="write org/name, or your user name in place of org",
+            hint="write org/name, or your user name in place of org; "
+            f"a folder is written ./{ref.repo_id}",
         )
     if ref.subfolder is not None:
         raise InvalidReference(

@@ -80,10 +80,13 @@ def list_files(service: Service, job_id: str) -> list[RemoteFile]:
     """
     job = service.get(job_path(job_id))
     if job["status"] != "succeeded":
+        ended = job["status"] in ("failed", "cancelled")
         raise error_from(
             "conflict",
             f"job {job_id} is {job['status']}; only the files of one that succeeded can be fetched",
-            f"`pissa watch {job_id}` waits for it",
+            f"`pissa resume {job_id}` lets it go on, `pissa watch {job_id}` says why it ended"
+            if ended
+            else f"`pissa watch {job_id}` waits for it",
         )
     listed = service.get(job_path(job_id, "files"))["files"]
     files = [RemoteFile(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in listed]

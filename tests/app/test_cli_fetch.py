@@ -257,6 +257,13 @@ def test_a_job_that_has_not_succeeded_has_no_files(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_job_that_failed_is_not_waited_for(tmp_path: Path) -> None:
+    with serving(Behaviour({}, status="failed")) as url:
+        done = fetch(url, tmp_path / "out")
+    assert done.returncode == 1
+    assert f"hint: `pissa resume {JOB}` lets it go on" in done.stderr
+
+
 def test_a_problem_document_is_shown_with_its_code(tmp_path: Path) -> None:
     with serving(Behaviour({})) as url:
         done = fetch(url, tmp_path / "out", key="another key")
