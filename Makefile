@@ -44,6 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo ".venv has a Python older than 3.11: remove .venv, then make setup PYTHON=…" >&2; exit 2; }
 	@# torch alone comes from TORCH_INDEX, everything else from PyPI.
+	@echo "installing into .venv; this takes some minutes"
 	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url "$(TORCH_INDEX)" torch)
 	$(PIP) -e '.[test,check,bench]'
 	@touch $@
