@@ -62,7 +62,7 @@ class Bench:
 
 
 def copy() -> Contender:
-    script = 'mkdir "$2" && cp "$1"/* "$2"/ && sync "$2"/*'
+    script = 'mkdir "$2" && cp -r "$1"/. "$2"/ && sync "$2"/*'
     return Contender(COPY, lambda source, out: ["sh", "-c", script, "sh", str(source), str(out)])
 
 
