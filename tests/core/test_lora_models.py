@@ -151,17 +151,26 @@ def test_magnitudes_alone_would_not_be_dora(pair, tmp_path):
     assert relative(outputs(on_original("llama", base, tmp_path / "lora")), wanted) > 1e-2
 
 
-def test_it_lives_beside_another_adapter(pair, tmp_path):
-    base, made = pair("llama", "rslora+patterns")
-    wanted = outputs(trained_on("llama", made, tmp_path / "trained"))
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("llama", ["q_proj", "v_proj"]), ("gpt2", ["c_attn"]), ("minilm", ["query", "value"])],
+)
+def test_it_lives_beside_another_adapter(name, targets, pair, tmp_path):
+    base, made = pair(name, "rslora+patterns")
+    wanted = outputs(trained_on(name, made, tmp_path / "trained"))
     to_lora(tmp_path / "trained", tmp_path / "lora")
     other = peft.get_peft_model(
-        LOADERS["llama"].from_pretrained(base),
-        peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+        LOADERS[name].from_pretrained(base),
+        peft.LoraConfig(
+            r=3,
+            target_modules=targets,
+            init_lora_weights=False,
+            fan_in_fan_out=name == "gpt2",
+        ),
     )
     others_outputs = outputs(other.eval())
     other.save_pretrained(tmp_path / "other")
-    model = on_original("llama", base, tmp_path / "lora")
+    model = on_original(name, base, tmp_path / "lora")
     model.load_adapter(tmp_path / "other", "other")
     for _ in range(2):
         model.set_adapter("default")
@@ -169,7 +178,7 @@ def test_it_lives_beside_another_adapter(pair, tmp_path):
         model.set_adapter("other")
         assert relative(outputs(model), others_outputs) < 1e-6
     with model.disable_adapter():
-        assert torch.equal(outputs(model), outputs(LOADERS["llama"].from_pretrained(base)))
+        assert torch.equal(outputs(model), outputs(LOADERS[name].from_pretrained(base)))
 
 
 @pytest.mark.parametrize("config", ["plain", "rslora", "patterns"])
