@@ -15,7 +15,7 @@ from torch import nn
 from pissa_core.errors import AdaptersDoNotMatch, UnsupportedAdapter
 from pissa_core.plan import CarriedTensor, Matrix, Refusal
 from pissa_core.targets.injection import PREFIX, injected, peft_remarks
-from pissa_core.targets.naming import Names
+from pissa_core.targets.naming import Names, carried_as
 from pissa_core.targets.refusals import not_one_tensor, wrong_dtype, wrong_kind, wrong_shape
 from pissa_core.targets.skeleton import Skeleton, build_skeleton
 
@@ -281,15 +281,4 @@ def _place(
         )
         whole.refused.append(Refusal(parameter, "unsupported_adapter", reason))
         return
-    tensor = stored[0].tensor
-    among.append(
-        CarriedTensor(
-            key=key,
-            tensor=tensor.name,
-            shard=tensor.shard,
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            start=tensor.start,
-            stop=tensor.stop,
-        )
-    )
+    among.append(carried_as(key, stored[0].tensor))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from pissa_core.plan import CarriedTensor
 from pissa_core.targets.checkpoint_tree import tied_head
 from pissa_core.targets.skeleton import Skeleton
 
@@ -75,6 +76,19 @@ def _renamed(
             if parameter in state:
                 found[parameter] += (Stored(tensor, pattern is not None),)
     return dict(found)
+
+
+def carried_as(key: str, tensor: TensorInfo) -> CarriedTensor:
+    """Return a tensor of the checkpoint as the adapter stores it whole, under a key of PEFT's."""
+    return CarriedTensor(
+        key=key,
+        tensor=tensor.name,
+        shard=tensor.shard,
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        start=tensor.start,
+        stop=tensor.stop,
+    )
 
 
 def _made(first: str, converter: WeightConverter) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pissa_core.plan import CarriedTensor, Matrix, Refusal
 from pissa_core.targets.bypass import uses_bare_weight
 from pissa_core.targets.checkpoint_tree import Bare
 from pissa_core.targets.injection import Injected, Injection
-from pissa_core.targets.naming import Names, Stored
+from pissa_core.targets.naming import Names, Stored, carried_as
 
 DTYPES = ("F32", "F16", "BF16")
 _LINEAR_BY_ANOTHER_NAME = ("FalconLinear",)
@@ -191,16 +191,5 @@ def _carry(injection: Injection, names: Names) -> tuple[list[CarriedTensor], lis
             reason = "the task trains this head, and the checkpoint has no tensor of its own for it"
             missing.append(Refusal(parameter, "ambiguous_name", reason))
             continue
-        tensor = stored[0].tensor
-        carried.append(
-            CarriedTensor(
-                key=key,
-                tensor=tensor.name,
-                shard=tensor.shard,
-                dtype=tensor.dtype,
-                shape=tensor.shape,
-                start=tensor.start,
-                stop=tensor.stop,
-            )
-        )
+        carried.append(carried_as(key, stored[0].tensor))
     return carried, missing

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Collection
-from types import TracebackType
 from typing import Any
 
 from pissa_core.errors import (
@@ -19,8 +17,9 @@ from pissa_core.errors import (
     PissaError,
     WorkerLost,
 )
-from worker.errors import PlanTimeout, StoreUnavailable
+from worker.errors import PlanTimeout
 from worker.processes import holder_id, is_dead
+from worker.rounds import Rounds
 from worker.settings import Settings
 from worker.store.connection import Connection
 
@@ -29,31 +28,15 @@ _FORGET_WORKER_AFTER = 3  # leases without a heartbeat
 logger = logging.getLogger(__name__)
 
 
-class Reaper:
+class Reaper(Rounds):
     """Rounds, one every `reap_s`, in a thread of their own while the block is open."""
 
     def __init__(self, connection: Connection, settings: Settings) -> None:
         """Prepare; `round` may also be called by itself."""
+        super().__init__("reaper", pause_s=settings.reap_s)
         self._connection = connection
         self._settings = settings
         self._seen_dead: frozenset[str] = frozenset()
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
-
-    def __enter__(self) -> Reaper:
-        """Begin the rounds."""
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End the rounds."""
-        self._stopping.set()
-        self._thread.join(timeout=self._settings.reap_s + 5)
 
     def round(self) -> bool:
         """Go round once; False if another process is at it.
@@ -164,15 +147,6 @@ class Reaper:
         messages: Any = self._connection.ask(lambda: client.lrange(key, 0, -1))
         quoted = json.dumps(task_id)
         return any(quoted in message for message in messages)
-
-    def _run(self) -> None:
-        while not self._stopping.wait(self._settings.reap_s):
-            try:
-                self.round()
-            except StoreUnavailable:
-                logger.warning("the store is away; the next round comes in time")
-            except Exception:
-                logger.exception("a round failed")
 
 
 def _ran_out(lease: dict[str, Any]) -> OutOfMemory:
