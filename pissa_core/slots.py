@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import psutil
 import torch
+
+from pissa_core.cgroups import ROOT, cores_allowed, memory_left
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 
-def usable_cores() -> int:
-    """CPU cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def usable_cores(root: Path = ROOT) -> int:
+    """CPU cores this process may run on, a container's share of them rounded up."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    allowed = cores_allowed(root)
+    return cores if allowed is None else max(1, min(cores, math.ceil(allowed)))
 
 
-def default_budget() -> int:
-    """Half of the memory that is available now, in bytes."""
-    return int(psutil.virtual_memory().available) // 2
+def default_budget(root: Path = ROOT) -> int:
+    """Half of the memory that is available now, in bytes: the machine's, or the container's."""
+    free, left = int(psutil.virtual_memory().available), memory_left(root)
+    return (free if left is None else min(free, left)) // 2
 
 
 @dataclass(slots=True)

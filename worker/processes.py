@@ -6,9 +6,11 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+from pissa_core.cgroups import groups, read
+
+_COUNTERS = ("memory.events", "memory.oom_control")
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 
 
@@ -53,7 +55,7 @@ def dies_with_parent() -> bool:
 
 def peak_memory_bytes() -> int:
     """Return the most memory this process has held since `reset_peak_memory`, or ever."""
-    status = _read(Path("/proc/self/status"))
+    status = read(Path("/proc/self/status"))
     for line in status.splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -77,8 +79,9 @@ def oom_kills() -> int:
     The machine's own counter is asked where there is no cgroup with one (a process of nobody's
     container); it also counts what was killed elsewhere on the machine.
     """
-    for path in (*_memory_counters(), Path("/proc/vmstat")):
-        rows = (line.split() for line in _read(path).splitlines())
+    counters = (group / name for group in groups("memory") for name in _COUNTERS)
+    for path in (*counters, Path("/proc/vmstat")):
+        rows = (line.split() for line in read(path).splitlines())
         counts = {row[0]: row[1] for row in rows if len(row) == 2}
         if "oom_kill" in counts:
             return int(counts["oom_kill"])
@@ -93,25 +96,8 @@ def choose_to_die_first() -> None:
         return
 
 
-def _memory_counters() -> Iterator[Path]:
-    """Yield where our memory cgroup counts, in its second version and its first.
-
-    A container may see its own cgroup as the root of the tree, whatever its path is called.
-    """
-    for line in _read(Path("/proc/self/cgroup")).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            tree, name = Path("/sys/fs/cgroup"), "memory.events"
-        elif "memory" in controllers.split(","):
-            tree, name = Path("/sys/fs/cgroup/memory"), "memory.oom_control"
-        else:
-            continue
-        yield tree / path.lstrip("/") / name
-        yield tree / name
-
-
 def _here() -> str:
-    boot = _read(Path("/proc/sys/kernel/random/boot_id")).strip()
+    boot = read(Path("/proc/sys/kernel/random/boot_id")).strip()
     try:
         namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - not a path, a name
     except OSError:
@@ -120,15 +106,8 @@ def _here() -> str:
 
 
 def _start_of(pid: int) -> str | None:
-    stat = _read(Path(f"/proc/{pid}/stat"))
+    stat = read(Path(f"/proc/{pid}/stat"))
     # The name, in parentheses, may hold anything; the 22nd field is the 20th behind it. A zombie
     # has ended, whoever has yet to collect it.
     fields = stat.rpartition(")")[2].split()
     return None if len(fields) < 20 or fields[0] in ("Z", "X") else fields[19]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""
