@@ -19,7 +19,7 @@ from app.errors import InvalidFields, PayloadTooLarge, RequestTimeout, looks_lik
 from pissa_core.errors import InvalidConfig, InvalidRequest, OutsideLocalRoot, PissaError
 from pissa_core.refs import LocalRef, Ref, parse_output, parse_ref, resolve_local
 from pissa_core.spec import place_of
-from worker.contract import SOURCE_FIELDS, BaseToPissa, JobRequest
+from worker.contract import SOURCE_FIELDS, BaseToPissa, JobRequest, PissaToLora
 from worker.settings import Settings
 
 MAX_BODY_BYTES = 1 << 20
@@ -106,21 +106,31 @@ def accept(body: bytes, schema: TypeAdapter[Any], local_root: Path | None) -> In
 def check_rank(request: JobRequest, ceiling: int | None) -> None:
     """Refuse a rank above the operator's ceiling.
 
+    The ranks of adapters that a job names are for the worker to see, which reads them.
+
     Raises:
         InvalidFields: naming the field, the rank and the ceiling.
     """
-    config = getattr(request, "pissa", None)
-    if ceiling is None or config is None:
+    if ceiling is None:
         return
-    asked = {("rank",): config.rank} | {
-        ("rank_pattern", pattern): rank for pattern, rank in (config.rank_pattern or {}).items()
-    }
-    for place, rank in asked.items():
-        if rank > ceiling:
-            loc = ["body", "pissa", *place]
-            message = f"{rank} is above {ceiling}, the highest rank that this service allows"
+    for place, rank in _ranks(request):
+        # What was trained at rank r is LoRA of rank 2r.
+        highest = 2 * ceiling if place[0] == "lora" else ceiling
+        if rank > highest:
+            loc = ["body", *place]
+            message = f"{rank} is above {highest}, the highest rank that this service allows"
             refusal = InvalidConfig(f"{_dotted(loc)}: {message}", hint="ask for a lower rank")
             raise InvalidFields(refusal, [{"loc": loc, "msg": message}])
+
+
+def _ranks(request: JobRequest) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield every rank that a request asks for, with its place."""
+    if isinstance(request, BaseToPissa):
+        yield ("pissa", "rank"), request.pissa.rank
+        for pattern, rank in (request.pissa.rank_pattern or {}).items():
+            yield ("pissa", "rank_pattern", pattern), rank
+    elif isinstance(request, PissaToLora) and request.lora.rank is not None:
+        yield ("lora", "rank"), request.lora.rank
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

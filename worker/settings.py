@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     max_streams: int = Field(
         100, ge=1, description="event streams that one API key may have open at a time"
     )
-    max_rank: int | None = Field(None, ge=1, description="the highest rank a job may ask for")
+    max_rank: int | None = Field(None, ge=1, description="the highest rank of a job or adapter")
     max_model_size: Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(parse_size)] = (
         Field(None, description="the largest checkpoint a job may name, such as 200GB")
     )

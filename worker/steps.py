@@ -39,7 +39,7 @@ def plan(context: Context, claim: Claim, hold: Hold) -> None:
     request = context.request_of(claim, BaseToPissa)
     source = context.source(claim, request.model)
     made = make_plan(source, request.pissa, **context.limits(request))
-    context.check_size(made.source, sum(shard.fetched for shard in made.shards))
+    context.check_plan_size(made, source)
     context.tasks.finish(claim, made.public())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from worker.vault import Vault, open_vault
 
 if TYPE_CHECKING:
     from pissa_core.adapters.hub import Notice, Pause
+    from pissa_core.plan import Plan
     from pissa_core.ports import CheckpointSink, CheckpointSource
     from pissa_core.runtime import Runtime
 
@@ -83,7 +85,7 @@ class Context:
         )
 
     def check_size(self, ref: str, nbytes: int) -> None:
-        """Refuse a checkpoint larger than the operator's ceiling.
+        """Refuse a checkpoint of which more is read than the operator allows.
 
         Raises:
             InvalidRequest: with both numbers.
@@ -91,9 +93,29 @@ class Context:
         ceiling = self.settings.max_model_size
         if ceiling is not None and nbytes > ceiling:
             raise InvalidRequest(
-                f"{ref} has {nbytes} bytes of weights, more than the {ceiling} that this service "
+                f"{ref} has {nbytes} bytes to be read, more than the {ceiling} that this service "
                 "takes",
-                hint="convert it with `pissa convert` on a machine of your own",
+                hint="work on it with `pissa` on a machine of your own",
+            )
+
+    def check_plan_size(self, plan: Plan, source: CheckpointSource) -> None:
+        """Refuse a plan that reads more than the operator allows: shards, and what goes along."""
+        sizes, index = source.files(), () if plan.index is None else (plan.index,)
+        along = sum(sizes[path].size for path in (*index, *plan.side_files))
+        self.check_size(plan.source, along + sum(shard.fetched for shard in plan.shards))
+
+    def check_ranks(self, ref: str, ranks: Iterable[int]) -> None:
+        """Refuse an adapter of a higher rank than the operator allows.
+
+        Raises:
+            InvalidRequest: with both numbers.
+        """
+        ceiling, highest = self.settings.max_rank, max(ranks, default=0)
+        if ceiling is not None and highest > ceiling:
+            raise InvalidRequest(
+                f"the adapter of {ref} has rank {highest}, above {ceiling}, the highest that this "
+                "service takes",
+                hint="work on it with `pissa` on a machine of your own",
             )
 
     def output_name(self, claim: Claim) -> str:

@@ -65,6 +65,12 @@ def read_adapter(source: CheckpointSource, folder: str = "") -> Adapter:
     return Adapter(source, config, {tensor.name: tensor for tensor in header.tensors}, weights)
 
 
+def adapter_size(source: CheckpointSource, folder: str = "") -> int:
+    """Return the bytes of an adapter's weights; 0 if there are none."""
+    info = source.files().get(f"{folder}/{WEIGHTS}" if folder else WEIGHTS)
+    return 0 if info is None else info.size
+
+
 def checksum(source: CheckpointSource, path: str) -> str:
     """Return the sha256 of a file: the source's own word if it has one, else by reading it all."""
     info = source.files()[path]

@@ -11,6 +11,7 @@ from typing import Any
 from pissa_core.errors import PissaError
 from pissa_core.fold.adapter import Adapter, decomposes, read_adapter
 from pissa_core.layout import Layout, read_layout
+from pissa_core.layout.sidefiles import CARD, OWN_NAMES
 from pissa_core.plan import CarriedTensor, Matrix, Piece
 from pissa_core.ports import CheckpointSource
 from pissa_core.report.manifest import canonical_json
@@ -81,6 +82,15 @@ def make_case(original: CheckpointSource, converted: CheckpointSource) -> Case:
         faults=tuple(dict.fromkeys(found.faults)),
         unchecked=tuple(found.unchecked),
         notes=tuple(found.notes),
+    )
+
+
+def model_size(converted: CheckpointSource) -> int:
+    """Return the bytes of a converted model's files, but for what the conversion added."""
+    return sum(
+        info.size
+        for path, info in converted.files().items()
+        if path.partition("/")[0] not in (*OWN_NAMES, CARD) and not of_a_tool(path)
     )
 
 

@@ -138,3 +138,14 @@ def test_a_rank_above_the_ceiling_is_refused_at_once(make_app, config, place, ro
     assert answer.json()["errors"][0]["loc"] == ["body", *place.split(".")]
     if route == "/v1/jobs":
         assert api.post(route, json={**BODY, "pissa": {"rank": 32}}).status_code == 202
+
+
+def test_a_converted_lora_may_have_twice_the_highest_rank(make_app):
+    api: TestClient = client_of(make_app(max_rank=32))
+    body = {"kind": "pissa-to-lora", "trained": "org/trained"}
+    answer = api.post("/v1/jobs", json={**body, "lora": {"rank": 65}})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_config")
+    assert "65 is above 64" in answer.json()["detail"]
+    assert answer.json()["errors"][0]["loc"] == ["body", "lora", "rank"]
+    assert api.post("/v1/jobs", json={**body, "lora": {"rank": 64}}).status_code == 202
+    assert api.post("/v1/jobs", json=body).status_code == 202

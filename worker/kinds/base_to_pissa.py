@@ -27,7 +27,7 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     source = context.source(claim, request.model)
     plan = make_plan(source, request.pissa, **context.limits(request))
     digest = staging_digest(source, request.pissa, context.output_name(claim), plan.division)
-    context.check_size(plan.source, sum(shard.fetched for shard in plan.shards))
+    context.check_plan_size(plan, source)
     # The planner has no device of its own; what one offers is the compute node's to find out.
     runtime = dataclasses.replace(context.runtime, device="cpu")
     check_plan(plan, source, context.sink(claim, digest), runtime)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     from pissa_core.admission import check_plan
+    from pissa_core.fold.adapter import adapter_size
     from pissa_core.fold.planning import make_fold_plan
     from pissa_core.fold.work import Beside
 
@@ -31,8 +32,10 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
 
     request = context.request_of(claim, PissaToBase)
     residual, adapter = (context.source(claim, ref) for ref in (request.residual, request.adapter))
+    context.check_size(adapter.ref, adapter_size(adapter))
     plan = make_fold_plan(residual, adapter, open_other, slots=context.runtime.slots)
-    context.check_size(plan.source, sum(shard.fetched for shard in plan.shards))
+    context.check_plan_size(plan, residual)
+    context.check_ranks(adapter.ref, (matrix.rank for matrix in plan.matrices))
     digest = _digest(context, claim, residual, adapter)
     # The planner has no device of its own; what one offers is the compute node's to find out.
     runtime = dataclasses.replace(context.runtime, device="cpu")

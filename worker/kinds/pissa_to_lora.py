@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
+    from pissa_core.fold.adapter import adapter_size
     from pissa_core.lora.planning import check_lora_plan, make_lora_plan, open_adapters
 
     request = context.request_of(claim, PissaToLora)
@@ -30,7 +31,11 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     initial = None if request.initial is None else parse_ref(request.initial)
     found = open_adapters(parse_ref(request.trained), initial, open_ref)
     digest = _digest(context, claim, found.trained, found.initial)
+    for adapter in (found.trained, found.initial):
+        context.check_size(adapter.ref, adapter_size(adapter))
     plan = make_lora_plan(found, request.lora, open_ref, slots=context.runtime.slots)
+    for update in plan.updates:
+        context.check_ranks(plan.source, (update.trained.rank, update.initial.rank))
     check_lora_plan(plan, found, context.sink(claim, digest))
     hold.check()
     context.tasks.planned(claim, plan, digest)

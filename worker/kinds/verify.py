@@ -24,16 +24,17 @@ _FINDING = "finding:"
 
 
 def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
-    from pissa_core.verify.asking import make_case
+    from pissa_core.fold.adapter import adapter_size
+    from pissa_core.verify.asking import FOLDER, make_case, model_size
 
     request = context.request_of(claim, Verify)
     original, converted = (
         context.source(claim, ref) for ref in (request.original, request.converted)
     )
+    context.check_size(converted.ref, model_size(converted))
+    context.check_size(converted.ref, adapter_size(converted, FOLDER))
     case = make_case(original, converted)
-    # The adapter, in a folder of its own, is no part of the model's size.
-    shards = (unit for unit in case.units if unit.path.endswith(".safetensors"))
-    context.check_size(converted.ref, sum(unit.size for unit in shards if "/" not in unit.path))
+    context.check_ranks(converted.ref, (matrix.rank for matrix in case.matrices))
     hold.check()
     context.tasks.planned(claim, case, _digest(claim, original, converted))
 
