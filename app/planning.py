@@ -56,20 +56,21 @@ def _conversion(asked: dict[str, Any]) -> Plan:
     from pissa_core.adapters import open_source
     from pissa_core.planning import make_plan
 
-    limits = asked["limits"]
-    if "scratch" in limits:
-        limits["scratch"] = Path(limits["scratch"])
     source = open_source(parse_ref(asked["model"]))
-    return make_plan(source, parse_config(asked["config"]), **limits)
+    return make_plan(source, parse_config(asked["config"]), **_limits(asked))
 
 
 def _fold(asked: dict[str, Any]) -> Plan:
     from pissa_core.adapters import open_source
     from pissa_core.fold.planning import make_fold_plan
 
-    limits = {name: asked["limits"].get(name) for name in ("slots", "memory_budget")}
     residual, adapter = (open_source(parse_ref(asked[name])) for name in ("residual", "adapter"))
-    return make_fold_plan(residual, adapter, open_source, **limits)
+    return make_fold_plan(residual, adapter, open_source, **_limits(asked))
+
+
+def _limits(asked: dict[str, Any]) -> dict[str, Any]:
+    limits: dict[str, Any] = asked["limits"]
+    return limits | ({"scratch": Path(limits["scratch"])} if "scratch" in limits else {})
 
 
 def _case(asked: dict[str, Any]) -> Case:

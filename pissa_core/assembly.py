@@ -49,11 +49,8 @@ def publication(
     """Say what becomes visible: sealed shards, files copied, files made now, files made last."""
     rows = tuple(row for seal in seals for row in seal.rows)
     fixed = {ADAPTER_CONFIG: _adapter_config(plan, sink), **report.pictures(plan, rows)}
-    index: tuple[str, ...] = ()
     if plan.index is not None and plan.new_index is not None:
         fixed[plan.index] = plan.new_index.encode()
-    elif plan.index is not None:
-        index = (plan.index,)
     streams: dict[str, Callable[[], Iterable[bytes]]] = {
         path: partial(lambda content: [content], content) for path, content in fixed.items()
     }
@@ -61,7 +58,7 @@ def publication(
     return Publication(
         source=source,
         shards=seals,
-        copies=(*index, *plan.side_files),
+        copies=plan.copied,
         streams=streams,
         closing=_Closing(plan, rows, source, sink),
         marker=MANIFEST,

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
+from pissa_core.adapters.ledger import Ledger
 from pissa_core.errors import DiskTooSmall
 from pissa_core.layout import Layout, Shard, TensorInfo
 from pissa_core.plan import IN_FLIGHT, CarriedTensor, Matrix, Plan, Run, ShardPlan
@@ -29,6 +31,34 @@ _ENTRY_BYTES = 256  # bounds a tensor's entry in a header, but for its name
 class _Limits:
     file: int
     scratch: int
+
+
+def fit_to_disk(
+    plan: Plan,
+    layout: Layout,
+    *,
+    disk_budget: int | None,
+    max_shard_size: int,
+    scratch: Path | None,
+) -> tuple[Plan, int | None]:
+    """Divide what the disk cannot hold; return the plan, and what scratch may take if only that
+    lies here.
+
+    Args:
+        plan: of any kind, its shards whole.
+        layout: of the checkpoint.
+        disk_budget: bytes of scratch; None: no limit, or what is free where `scratch` lies.
+        max_shard_size: bytes of the shards that a giant is divided into.
+        scratch: where work in progress lies, if the result goes elsewhere (to the Hub).
+
+    Raises:
+        DiskTooSmall: as `divide` does.
+    """
+    if scratch is not None:
+        disk_budget = Ledger(scratch, disk_budget).capacity()
+    if disk_budget is not None:
+        plan = divide(plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size)
+    return plan, None if scratch is None else disk_budget
 
 
 def divide(plan: Plan, layout: Layout, *, disk_budget: int, max_shard_size: int) -> Plan:
@@ -64,11 +94,16 @@ def divide(plan: Plan, layout: Layout, *, disk_budget: int, max_shard_size: int)
         for name, (shard, run) in zip(names, runs, strict=True)
     )
     placed = {shard.path: shard for shard in shards}
-    carried = tuple(_moved(tensor, placed[renamed[tensor.tensor]]) for tensor in plan.carried)
+
+    def moved(tensors: tuple[CarriedTensor, ...]) -> tuple[CarriedTensor, ...]:
+        return tuple(_moved(tensor, placed[renamed[tensor.tensor]]) for tensor in tensors)
+
+    fold = plan.fold
     return replace(
         plan,
         shards=shards,
-        carried=carried,
+        carried=moved(plan.carried),
+        fold=None if fold is None else replace(fold, replaced=moved(fold.replaced)),
         index=layout.index or _INDEX,
         new_index=_index(layout, renamed),
     )
@@ -97,7 +132,8 @@ def _part_bytes(plan: Plan, path: str) -> Mapping[str, int]:
     entries = {entry.name: entry.nbytes + 2 * _ENTRY_BYTES for entry in part_entries(plan, shard)}
     added = {t.tensor: entries[t.key] for t in plan.carried if t.shard == path}
     for matrix in shard.matrices:
-        added[matrix.tensor] = entries[matrix.key_a] + entries[matrix.key_b] + row_bytes(matrix)
+        factors = (entries.get(key, 0) for key in (matrix.key_a, matrix.key_b))  # a fold has none
+        added[matrix.tensor] = sum(factors) + row_bytes(matrix)
     return added
 
 

@@ -220,6 +220,12 @@ class Plan:
         return tuple(matrix for shard in self.shards for matrix in shard.matrices)
 
     @property
+    def copied(self) -> tuple[str, ...]:
+        """Files besides the shards that the output has from the source, byte for byte."""
+        index = () if self.index is None or self.new_index is not None else (self.index,)
+        return (*index, *self.side_files)
+
+    @property
     def trainable_parameters(self) -> int:
         """Entries of all factors and carried tensors."""
         factors = sum(m.rank * (m.shape[0] + m.shape[1]) for m in self.matrices)

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pissa_core.adapters.ledger import Ledger
-from pissa_core.division import MAX_SHARD_SIZE, divide
+from pissa_core.division import MAX_SHARD_SIZE, fit_to_disk
 from pissa_core.layout import read_layout
 from pissa_core.plan import IN_FLIGHT, Estimate, Matrix, Plan, ShardPlan
 from pissa_core.ports import CheckpointSource
@@ -78,17 +77,16 @@ def make_plan(
         refused=targets.refused,
         estimate=_UNKNOWN,
     )
-    if scratch is not None:
-        disk_budget = Ledger(scratch, disk_budget).capacity()
-    if disk_budget is not None:
-        plan = divide(plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size)
+    plan, scratch_budget = fit_to_disk(
+        plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size, scratch=scratch
+    )
     sizes = {path: info.size for path, info in source.files().items()}
     cost = estimate(
         plan,
         sizes,
         slots=slots or usable_cores(),
         memory_budget=memory_budget,
-        scratch_budget=None if scratch is None else disk_budget,
+        scratch_budget=scratch_budget,
     )
     return dataclasses.replace(plan, estimate=cost)
 
@@ -145,9 +143,7 @@ def estimate(
 
     peak_disk = written + 2 * adapter + 3 * rows
     if scratch_budget is not None:
-        needs = sorted((scratch_bytes(plan, shard) for shard in plan.shards), reverse=True)
-        under_way = min(sum(needs[:IN_FLIGHT]), max(scratch_budget, *needs[:1]))
-        peak_disk = max(under_way, publish_bytes(plan, sizes, adapter))
+        peak_disk = scratch_peak(plan, sizes, adapter, scratch_budget)
     return Estimate(
         read=read,
         written=written + adapter,
@@ -156,6 +152,13 @@ def estimate(
         peak_disk=peak_disk,
         peak_device_memory=in_flight("cuda"),
     )
+
+
+def scratch_peak(plan: Plan, sizes: Mapping[str, int], adapter: int, budget: int) -> int:
+    """Return the most that lies here at a time of a result that goes elsewhere."""
+    needs = sorted((scratch_bytes(plan, shard) for shard in plan.shards), reverse=True)
+    under_way = min(sum(needs[:IN_FLIGHT]), max(budget, *needs[:1]))
+    return max(under_way, publish_bytes(plan, sizes, adapter))
 
 
 def publish_bytes(plan: Plan, sizes: Mapping[str, int], adapter: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_core import engine
-from pissa_core.adapters import open_sink, open_source, request_digest, staging_digest
+from pissa_core.adapters import folding_digest, open_sink, open_source, staging_digest
 from pissa_core.events import Event, MatrixDone, Published
 from pissa_core.fold.belonging import Open
 from pissa_core.fold.planning import make_fold_plan
@@ -53,21 +53,33 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def fold_to(
-    residual: Path, adapter: Path, output: Path, open_other: Open = open_source, **runtime: Any
+    residual: Path,
+    adapter: Path,
+    output: Path,
+    open_other: Open = open_source,
+    *,
+    limits: Mapping[str, Any] | None = None,
+    **runtime: Any,
 ) -> Mapping[str, Any]:
     """Fold an adapter into its residual, from folders to a folder; return the manifest."""
-    events = list(folding_of(residual, adapter, output, open_other, **runtime))
+    events = list(folding_of(residual, adapter, output, open_other, limits=limits, **runtime))
     (published,) = [event for event in events if isinstance(event, Published)]
     return published.manifest
 
 
 def folding_of(
-    residual: Path, adapter: Path, output: Path, open_other: Open = open_source, **runtime: Any
+    residual: Path,
+    adapter: Path,
+    output: Path,
+    open_other: Open = open_source,
+    *,
+    limits: Mapping[str, Any] | None = None,
+    **runtime: Any,
 ) -> Iterator[Event]:
     """Return the events of a fold from folder to folder, as they happen."""
     source, beside = (open_source(LocalRef(str(folder))) for folder in (residual, adapter))
-    plan = make_fold_plan(source, beside, open_other)
-    digest = request_digest(plan.kind, [source, beside], {}, str(output))
+    plan = make_fold_plan(source, beside, open_other, **(limits or {}))
+    digest = folding_digest(source, beside, str(output), plan.division)
     sink = open_sink(LocalRef(str(output)), digest=digest)
     original = open_other(LocalRef(plan.fold.original)) if plan.fold.original else None
     return engine.carry_out(

@@ -39,8 +39,8 @@ def to_lora(
     )
     sink = open_sink(LocalRef(str(out)), digest=digest)
     plan = make_lora_plan(found, asked, open_source)
-    check_lora_plan(plan, found, sink)
     runtime = Runtime(device="cpu", slots=slots)
+    check_lora_plan(plan, found, sink, runtime)
     events = list(convert_adapter(plan, found.trained, found.initial, sink, runtime))
     (published,) = [event for event in events if isinstance(event, Published)]
     return dict(published.manifest)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from app.cli.conversion import Follower, Result, noting, scratch_folder
+from app.cli.conversion import Follower, Result, noting, scratch_folder, scratch_for
 from app.cli.planner import asking
 from app.cli.progress import Display, Snapshot
-from pissa_core.errors import SourceChanged
+from pissa_core.errors import OutputExists, SourceChanged
 from pissa_core.events import Event
 from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
 
@@ -30,8 +30,7 @@ class FoldingRun:
     out: Ref
     publish: PublishOptions
     device: str
-    slots: int | None
-    memory_budget: int | None
+    limits: Mapping[str, int | None]
     debug: bool
 
     def run(self, shown: Display) -> Result:
@@ -40,15 +39,22 @@ class FoldingRun:
         shown.show(Snapshot("planning"))
         asked = {"kind": "pissa-to-base", "residual": str(self.residual)}
         asked["adapter"] = str(self.adapter)
-        limits = {"slots": self.slots, "memory_budget": self.memory_budget}
+        limits = {**self.limits, "scratch": scratch_for(self.out)}
         with asking(asked, debug=self.debug, **limits) as pending:
             from pissa_core.engine import carry_out
             from pissa_core.runtime import Runtime, resolve
 
-            runtime = Runtime(self.device, self.slots, self.memory_budget)
+            runtime = Runtime(
+                self.device,
+                self.limits["slots"],
+                self.limits["memory_budget"],
+                self.limits["disk_budget"],
+            )
             resolve(runtime)
             residual, adapter, sink = self._open(shown)
             made = pending.result()
+        if made.division is not None:
+            sink = self._sink(residual, adapter, shown, made.division)
         follower = Follower(shown, made, began)
         beside = _beside(made, residual, adapter)
         events = carry_out(made, residual, sink, runtime, beside=beside)
@@ -58,23 +64,38 @@ class FoldingRun:
         return follower.result()
 
     def _open(self, shown: Display) -> tuple[CheckpointSource, CheckpointSource, CheckpointSink]:
-        from pissa_core.adapters import open_sink, open_source, request_digest
+        from pissa_core.adapters import open_source
 
         residual, adapter = (
             open_source(ref, on_wait=noting(shown)) for ref in (self.residual, self.adapter)
         )
+        sink = self._sink(residual, adapter, shown)
+        try:
+            for source in (residual, adapter):
+                sink.check(source)
+        except OutputExists:
+            # It may be our own, of shards divided, which only the plan will show.
+            if self.limits["disk_budget"] is None and isinstance(self.out, LocalRef):
+                raise
+        return residual, adapter, sink
+
+    def _sink(
+        self,
+        residual: CheckpointSource,
+        adapter: CheckpointSource,
+        shown: Display,
+        division: str | None = None,
+    ) -> CheckpointSink:
+        from pissa_core.adapters import folding_digest, open_sink
+
         where = str(resolve_local(self.out)) if isinstance(self.out, LocalRef) else str(self.out)
-        digest = request_digest("pissa-to-base", [residual, adapter], {}, where)
-        sink = open_sink(
+        return open_sink(
             self.out,
-            digest=digest,
+            digest=folding_digest(residual, adapter, where, division),
             scratch=None if isinstance(self.out, LocalRef) else scratch_folder(),
             options=self.publish,
             on_wait=noting(shown),
         )
-        for source in (residual, adapter):
-            sink.check(source)
-        return residual, adapter, sink
 
 
 def _beside(plan: Plan, residual: CheckpointSource, adapter: CheckpointSource) -> Beside:

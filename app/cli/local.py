@@ -23,8 +23,6 @@ from app.cli.options import (
     config_options,
     device_option,
     json_option,
-    memory_budget_option,
-    slots_option,
 )
 from app.cli.outputs import options_of, output_options, required_output
 from app.cli.planner import plan_in_child
@@ -129,8 +127,7 @@ def convert(
 @click.option("--out", required=True, metavar="REF", help="Where the result goes.")
 @output_options
 @device_option
-@memory_budget_option
-@slots_option
+@budget_options
 @json_option
 @click.pass_obj
 def to_base(
@@ -141,8 +138,7 @@ def to_base(
     out: str,
     publish: dict[str, Any],
     device: str,
-    slots: int | None,
-    memory_budget: int | None,
+    limits: dict[str, int | None],
     as_json: bool,
 ) -> None:
     """Merge an adapter into its residual model; a plain model comes out.
@@ -156,8 +152,7 @@ def to_base(
         required_output(out, publish),
         publish=options_of(publish),
         device=device,
-        slots=slots,
-        memory_budget=memory_budget,
+        limits=limits,
         debug=settings["debug"],
     )
     with on_interrupt(RESUME), _prompt_end(), _folder_hint(job.residual), display() as shown:

@@ -152,6 +152,15 @@ max_shard_size_option = click.option(
 job_argument = click.argument("job_id", metavar="ID", type=JobId())
 
 
+disk_budget_option = click.option(
+    "--disk-budget",
+    envvar="PISSA_DISK_BUDGET",
+    type=Size(),
+    metavar="SIZE",
+    help="Disk that work in progress may take, such as 20GB; a shard of a model that alone would "
+    "take more is divided.",
+)
+
 memory_budget_option = click.option(
     "--memory-budget",
     type=Size(),
@@ -180,14 +189,7 @@ def budget_options(command: Callable[P, R]) -> Callable[..., R]:
     decorated: Callable[..., R] = with_limits
     for option in (
         max_shard_size_option,
-        click.option(
-            "--disk-budget",
-            envvar="PISSA_DISK_BUDGET",
-            type=Size(),
-            metavar="SIZE",
-            help="Disk that work in progress may take, such as 20GB; a shard that alone would "
-            "take more is divided.",
-        ),
+        disk_budget_option,
         memory_budget_option,
         slots_option,
     ):

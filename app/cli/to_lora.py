@@ -17,6 +17,7 @@ from app.cli.conversion import noting, scratch_folder
 from app.cli.errors import on_interrupt
 from app.cli.options import (
     device_option,
+    disk_budget_option,
     json_option,
     memory_budget_option,
     slots_option,
@@ -62,6 +63,7 @@ INTERRUPTED = "interrupted: the same command begins anew, unless all matrices we
 )
 @output_options
 @device_option
+@disk_budget_option
 @memory_budget_option
 @slots_option
 @json_option
@@ -77,6 +79,7 @@ def to_lora(
     device: str,
     slots: int | None,
     memory_budget: int | None,
+    disk_budget: int | None,
     as_json: bool,
 ) -> None:
     """Turn a trained PiSSA adapter into plain LoRA for the original model.
@@ -92,6 +95,7 @@ def to_lora(
         device=device,
         slots=slots,
         memory_budget=memory_budget,
+        disk_budget=disk_budget,
     )
     with on_interrupt(INTERRUPTED), display() as shown:
         result = work.run(shown)
@@ -128,6 +132,7 @@ class Way:
     device: str
     slots: int | None
     memory_budget: int | None
+    disk_budget: int | None
 
     def run(self, shown: Display) -> dict[str, Any]:
         """Plan, convert, publish; show how far it is."""
@@ -139,13 +144,13 @@ class Way:
         from pissa_core.lora.planning import check_lora_plan, make_lora_plan, open_adapters
         from pissa_core.runtime import Runtime, resolve
 
-        runtime = Runtime(self.device, self.slots, self.memory_budget)
+        runtime = Runtime(self.device, self.slots, self.memory_budget, self.disk_budget)
         resolve(runtime)
         open_ref = partial(open_source, on_wait=noting(shown))
         found = open_adapters(self.trained, self.initial, open_ref)
         sink = self._sink(found, shown)
         plan = make_lora_plan(found, self.options, open_ref, slots=self.slots)
-        check_lora_plan(plan, found, sink)
+        check_lora_plan(plan, found, sink, runtime)
         for note in plan.notes:
             shown.note(f"note: {note}")
         try:

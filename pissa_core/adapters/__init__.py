@@ -99,6 +99,14 @@ def staging_digest(
     return request_digest("base-to-pissa", [source], options, output)
 
 
+def folding_digest(
+    residual: CheckpointSource, adapter: CheckpointSource, output: str, division: str | None = None
+) -> str:
+    """Name the staging area of a `pissa-to-base` result; `division` as in `staging_digest`."""
+    options = {"division": division} if division else {}
+    return request_digest("pissa-to-base", [residual, adapter], options, output)
+
+
 def request_digest(
     kind: str, sources: Sequence[CheckpointSource], options: Mapping[str, Any], output: str
 ) -> str:

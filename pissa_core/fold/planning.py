@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from pissa_core.division import MAX_SHARD_SIZE, fit_to_disk
 from pissa_core.errors import PissaError, error_from
 from pissa_core.fold.adapter import Adapter, read_adapter
 from pissa_core.fold.arithmetic import folding_bytes
 from pissa_core.fold.belonging import Lineage, Open, check_is_listed, check_same_targets, trace
 from pissa_core.layout import read_layout
 from pissa_core.plan import CarriedTensor, Estimate, Fold, Matrix, Piece, Plan, ShardPlan
-from pissa_core.planning import IMPORT_FOOTPRINT, by_shard
+from pissa_core.planning import IMPORT_FOOTPRINT, by_shard, scratch_peak
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import LocalRef, parse_ref
 from pissa_core.slots import usable_cores
@@ -29,6 +31,9 @@ def make_fold_plan(
     *,
     slots: int | None = None,
     memory_budget: int | None = None,
+    disk_budget: int | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    scratch: Path | None = None,
 ) -> Plan:
     """Decide what an adapter does to every tensor of a residual model.
 
@@ -40,6 +45,9 @@ def make_fold_plan(
         open_other: opens what the two name: the original, and the base the adapter was trained on.
         slots: matrices in flight, for the estimate of memory; None: one a core.
         memory_budget: bytes that matrices in flight may take together; None: no limit.
+        disk_budget: bytes of scratch; a shard that needs more is divided. None: no limit.
+        max_shard_size: bytes of the shards that such a one is divided into.
+        scratch: where work in progress lies, if the result goes elsewhere; see `make_plan`.
 
     Raises:
         PissaError: a file is not what it should be, or the two do not belong together.
@@ -95,7 +103,12 @@ def make_fold_plan(
         estimate=_UNKNOWN,
         fold=fold,
     )
-    cost = _estimate(plan, residual, slots or usable_cores(), memory_budget)
+    plan, scratch_budget = fit_to_disk(
+        plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size, scratch=scratch
+    )
+    limits = _Limits(slots or usable_cores(), memory_budget, scratch_budget)
+    sizes = {path: info.size for path, info in residual.files().items()}
+    cost = _estimate(plan, sizes, limits)
     return dataclasses.replace(plan, estimate=cost)
 
 
@@ -190,23 +203,30 @@ def _find_original(lineage: Lineage, matrices: Sequence[Matrix], open_other: Ope
     return _Original(source.ref, source.commit, places)
 
 
-def _estimate(
-    plan: Plan, residual: CheckpointSource, slots: int, memory_budget: int | None
-) -> Estimate:
-    sizes = {path: info.size for path, info in residual.files().items()}
-    index = () if plan.index is None else (plan.index,)
-    written = sum(shard.size for shard in plan.shards)
-    written += sum(sizes[path] for path in (*index, *plan.side_files))
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    slots: int
+    memory: int | None
+    scratch: int | None
+
+
+def _estimate(plan: Plan, sizes: Mapping[str, int], limits: _Limits) -> Estimate:
+    copied = sum(sizes[path] for path in plan.copied)
+    written = copied + sum(shard.size for shard in plan.shards) + len(plan.new_index or "")
     pieces = plan.fold.pieces.values() if plan.fold else ()
-    read = written + sum(piece.stop - piece.start for piece in pieces)
+    read = copied + sum(shard.fetched for shard in plan.shards)
+    read += sum(piece.stop - piece.start for piece in pieces)
     flights = sorted((fold_bytes(plan, matrix) for matrix in plan.matrices), reverse=True)
-    memory = sum(flights[:slots])
-    if memory_budget is not None:
-        memory = max([min(memory, memory_budget), *flights[:1]])
+    memory = sum(flights[: limits.slots])
+    if limits.memory is not None:
+        memory = max([min(memory, limits.memory), *flights[:1]])
+    peak_disk = written + 3 * _ROW_BYTES * len(plan.matrices)
+    if limits.scratch is not None:
+        peak_disk = scratch_peak(plan, sizes, 0, limits.scratch)
     return Estimate(
         read=read,
         written=written,
         adapter=0,
         peak_memory=IMPORT_FOOTPRINT + memory,
-        peak_disk=written + 3 * _ROW_BYTES * len(plan.matrices),
+        peak_disk=peak_disk,
     )

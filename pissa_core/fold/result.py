@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from typing import Any
 
@@ -48,12 +49,14 @@ def folded_publication(
 ) -> Publication:
     """Say what becomes visible: sealed shards, files copied, card and manifest made last."""
     rows = tuple(row for seal in seals for row in seal.rows)
-    index = () if plan.index is None else (plan.index,)
+    streams = {}
+    if plan.index is not None and plan.new_index is not None:
+        streams[plan.index] = partial(iter, [plan.new_index.encode()])
     return Publication(
         source=source,
         shards=seals,
-        copies=(*index, *plan.side_files),
-        streams={},
+        copies=plan.copied,
+        streams=streams,
         closing=_Closing(plan, rows, source, sink),
         marker=MANIFEST,
     )

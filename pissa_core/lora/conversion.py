@@ -12,12 +12,13 @@ from typing import Any
 
 from pissa_core.adapters.disk import disk_errors, file_info, write_stream
 from pissa_core.adapters.local import LocalSource
+from pissa_core.admission import traffic_of
 from pissa_core.errors import SourceChanged
-from pissa_core.events import MatrixDone, Published, Publishing, ShardSealed, ShardStarted
+from pissa_core.events import MatrixDone, Published, Publishing, ShardSealed, ShardStarted, Waiting
 from pissa_core.lora.adapter import WEIGHTS
 from pissa_core.lora.assembly import publication
 from pissa_core.lora.form import Form, form_of
-from pissa_core.lora.layout import bound_entries, shrink
+from pissa_core.lora.layout import bound_entries, scratch_bytes, shrink
 from pissa_core.lora.plan import LoraPlan, Update
 from pissa_core.lora.updates import Converted, convert_update, read_factors, working_bytes
 from pissa_core.ports import Attempt, CheckpointSink, CheckpointSource, Seal
@@ -52,7 +53,8 @@ def convert_adapter(
         PissaError: whatever `make_weights` and `publish` raise.
     """
     if sink.published() is None:
-        yield from make_weights(plan, trained, initial, sink, runtime)
+        making = make_weights(plan, trained, initial, sink, runtime)
+        yield from (event for event in making if not isinstance(event, Waiting))
     yield from publish(plan, trained, sink)
 
 
@@ -62,15 +64,23 @@ def make_weights(
     initial: CheckpointSource,
     sink: CheckpointSink,
     runtime: Runtime,
-) -> Iterator[ShardStarted | MatrixDone | ShardSealed]:
+) -> Iterator[Waiting | ShardStarted | MatrixDone | ShardSealed]:
     """Make the result's file of weights, update by update, and seal it; nothing if it is sealed."""
     work = plan.shards[0]
     if sink.seal_of(WEIGHTS) is not None:
         yield ShardSealed(WEIGHTS, work.size, len(plan.updates), resumed=True)
         return
-    with sink.attempt(WEIGHTS) as attempt, disk_errors(attempt.folder):
+    shared = traffic_of(runtime, sink)
+    with (
+        sink.attempt(WEIGHTS) as attempt,
+        disk_errors(attempt.folder),
+        shared.passage(WEIGHTS) as way,
+    ):
+        yield from way.to_disk(scratch_bytes(plan, (trained, initial)), attempt.folder)
+        yield from way.to_line()
         yield ShardStarted(WEIGHTS, len(plan.updates), 0)
         near = _near(trained, attempt, "trained"), _near(initial, attempt, "initial")
+        yield from way.to_device()
         header = make_header(bound_entries(plan))
         laid_out = attempt.folder / "laid-out"
         rows: dict[str, dict[str, Any]] = {}
@@ -81,6 +91,7 @@ def make_weights(
             for done in _convert_all(bench):
                 rows[done.row["module"]] = dict(done.row)
                 yield done
+            way.computed()
             final = _finish(plan, file, header, rows, attempt.folder)
         shard = attempt.folder / "shard"
         if not final:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pissa_core.layout.header import TensorInfo
+from pissa_core.lora.adapter import WEIGHTS
 from pissa_core.lora.form import form_of
 from pissa_core.lora.plan import LoraPlan, Update
 from pissa_core.lora.updates import pad_columns, pad_rows
+from pissa_core.ports import CheckpointSource
 from pissa_core.tensorfile import (
     CHUNK,
     TORCH_DTYPES,
@@ -18,12 +20,24 @@ from pissa_core.tensorfile import (
     make_header,
     memory_of,
 )
+from pissa_core.workbench import JOURNAL_BYTES
 
 
 def bound_entries(plan: LoraPlan) -> list[Entry]:
     """Return what the result holds when every module has the largest rank it may end with."""
     form = form_of(plan)
     return entries(plan, {each.module: form.width(plan, each) for each in plan.updates})
+
+
+def scratch_bytes(plan: LoraPlan, adapters: Iterable[CheckpointSource]) -> int:
+    """Return the bytes of disk that making the file of weights takes.
+
+    It is laid out at the largest ranks, and written once more where a tolerance makes them
+    smaller; beside it lie the weights of adapters that are not in a folder here.
+    """
+    laid_out = make_header(bound_entries(plan)).file_size
+    fetched = (each.files()[WEIGHTS].size for each in adapters if not each.rereads)
+    return laid_out * (1 if plan.options.tolerance is None else 2) + sum(fetched) + JOURNAL_BYTES
 
 
 def entries(plan: LoraPlan, ranks: Mapping[str, int]) -> list[Entry]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pissa_core.adapters.ledger import disk_too_small
+from pissa_core.admission import traffic_of
 from pissa_core.errors import DiskTooSmall
 from pissa_core.lora.adapter import WEIGHTS, Adapter, Pair, read_adapter, read_config
 from pissa_core.lora.finding import Opener, find_initial
-from pissa_core.lora.layout import bound_entries
+from pissa_core.lora.layout import scratch_bytes
 from pissa_core.lora.lineage import trace
 from pissa_core.lora.matching import check_match
 from pissa_core.lora.plan import LoraPlan, Update
 from pissa_core.lora.updates import working_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource
 from pissa_core.refs import Ref
+from pissa_core.runtime import Runtime
 from pissa_core.slots import usable_cores
 from pissa_core.spec import LoraOptions
-from pissa_core.tensorfile import make_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +72,11 @@ def make_lora_plan(
     )
 
 
-def check_lora_plan(plan: LoraPlan, found: Found, sink: CheckpointSink) -> None:
-    """Refuse, before a factor is read, an output that cannot take the result."""
+def check_lora_plan(plan: LoraPlan, found: Found, sink: CheckpointSink, runtime: Runtime) -> None:
+    """Refuse, before a factor is read, an output or a disk that cannot take the result."""
     for source in (found.trained, found.initial):
         sink.check(source)
-    written = make_header(bound_entries(plan)).file_size
-    # Laid out at the largest ranks first, and once more where a tolerance made them smaller; the
-    # weights that come from the Hub are downloaded beside it, and nothing else that lies there.
-    fetched = [source for source in (found.trained, found.initial) if not source.rereads]
-    needed = written * (1 if plan.options.tolerance is None else 2)
-    needed += sum(source.files()[WEIGHTS].size for source in fetched)
+    needed = scratch_bytes(plan, (found.trained, found.initial))
     free = sink.free_bytes()
     if free is not None and needed > free:
         raise DiskTooSmall(
@@ -87,6 +84,9 @@ def check_lora_plan(plan: LoraPlan, found: Found, sink: CheckpointSink) -> None:
             "would lie",
             hint="free some space, or choose an output on another disk",
         )
+    ledger = traffic_of(runtime, sink).ledger
+    if ledger is not None and needed > (capacity := ledger.capacity()):
+        raise disk_too_small(needed, capacity, what=WEIGHTS)
 
 
 def _updates(trained: Adapter, initial: Adapter, options: LoraOptions) -> tuple[Update, ...]:

@@ -118,4 +118,4 @@ def test_a_disk_that_is_too_small_is_found_before_the_work(adapters):
             return 1000
 
     with pytest.raises(DiskTooSmall, match=r"needs [\d,]+ bytes of disk and 1,000 are free"):
-        check_lora_plan(plan, found, Small())
+        check_lora_plan(plan, found, Small(), Runtime())

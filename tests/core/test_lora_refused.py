@@ -17,6 +17,7 @@ from pissa_core.adapters import open_sink, open_source
 from pissa_core.adapters.local import LocalSource
 from pissa_core.errors import (
     AdaptersDoNotMatch,
+    DiskTooSmall,
     HeaderInvalid,
     NonFiniteWeight,
     NoSafetensors,
@@ -28,8 +29,11 @@ from pissa_core.errors import (
     UnsupportedDtype,
     WrongBase,
 )
+from pissa_core.lora.adapter import WEIGHTS
+from pissa_core.lora.layout import scratch_bytes
 from pissa_core.lora.planning import Found, check_lora_plan, make_lora_plan
 from pissa_core.refs import LocalRef
+from pissa_core.runtime import Runtime
 from pissa_core.spec import LoraOptions
 
 SHAPES = {"layers.0.q": (12, 16), "layers.0.v": (8, 16), "layers.1.q": (12, 16)}
@@ -149,6 +153,19 @@ class Remote(LocalSource):
     rereads = False
 
 
+def test_a_disk_budget_that_is_too_small_is_found_before_the_work(adapters, tmp_path):
+    trained, initial = (Remote(folder) for folder in adapters)
+    found = Found(trained, LocalRef(str(adapters[1])), initial)
+    plan = make_lora_plan(found, LoraOptions(tolerance=0.1), open_source)
+    sink = open_sink(LocalRef(str(tmp_path / "lora")), digest="0" * 16)
+    downloads = sum(source.files()[WEIGHTS].size for source in (trained, initial))
+    needed = scratch_bytes(plan, (trained, initial))
+    assert needed > downloads + 2 * plan.shards[0].size
+    check_lora_plan(plan, found, sink, Runtime(disk_budget=needed))
+    with pytest.raises(DiskTooSmall, match=rf"{WEIGHTS} needs {needed:,} bytes of scratch"):
+        check_lora_plan(plan, found, sink, Runtime(disk_budget=needed - 1))
+
+
 def test_what_a_trainer_saved_beside_an_adapter_needs_no_disk(adapters, tmp_path):
     with (adapters[0] / "optimizer.pt").open("wb") as file:
         file.truncate(1 << 42)
@@ -156,7 +173,7 @@ def test_what_a_trainer_saved_beside_an_adapter_needs_no_disk(adapters, tmp_path
     found = Found(trained, LocalRef(str(adapters[1])), initial)
     plan = make_lora_plan(found, LoraOptions(), open_source)
     sink = open_sink(LocalRef(str(tmp_path / "lora")), digest="0" * 16)
-    check_lora_plan(plan, found, sink)
+    check_lora_plan(plan, found, sink, Runtime())
 
 
 def test_a_file_cut_short(adapters):

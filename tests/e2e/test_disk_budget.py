@@ -8,22 +8,19 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from conversions import convert_to
+from disk_tools import assert_same, sampling
 from huggingface_hub import snapshot_download
-from safetensors.torch import load_file
 from service_fixtures import quick_settings
 from worker_tools import running_worker, wait_for, wait_for_end, write_llama
 
-from pissa_core.adapters.disk import allocated
 from worker.connect import open_store
 from worker.contract import BaseToPissa, Status
 from worker.embedded import embedded_valkey
@@ -50,33 +47,6 @@ def whole(model, tmp_path_factory) -> Path:
     return output
 
 
-@dataclass
-class Samples:
-    """The most that has been seen on the disk, and how often somebody looked."""
-
-    peak: int = 0
-    number: int = 0
-
-
-@contextmanager
-def sampling(parent: Path, pattern: str) -> Iterator[Samples]:
-    """Look all the time how much lies in folders of scratch."""
-    samples, done = Samples(), threading.Event()
-
-    def look() -> None:
-        while not done.wait(0.005):
-            total = sum(allocated(folder) for folder in parent.glob(pattern))
-            samples.peak, samples.number = max(samples.peak, total), samples.number + 1
-
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        done.set()
-        thread.join()
-
-
 @contextmanager
 def converting(hub, output: str, *more: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "app.cli", "convert", ID, "--out", output, *OPTIONS, *more]
@@ -88,17 +58,6 @@ def converting(hub, output: str, *more: str) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
-
-
-def tensors_of(folder: Path) -> Mapping[str, torch.Tensor]:
-    files = [*folder.glob("*.safetensors"), *folder.glob("pissa_init/*.safetensors")]
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def assert_same(found: Path, expected: Path) -> None:
-    ours, theirs = tensors_of(found), tensors_of(expected)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_killed_and_resumed_within_the_budget(hub, model, whole, tmp_path):

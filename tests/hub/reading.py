@@ -10,8 +10,6 @@ from hub.blobs import Bytes
 from hub.calls import Answer, Call, Refusal, Route, as_json
 from hub.repos import Commit, File, Repo
 
-_DATE = "2026-01-01T00:00:00.000Z"
-
 
 def whoami(call: Call) -> Answer:
     if call.token is None:
@@ -95,7 +93,7 @@ def commits(call: Call, repo_id: str, revision: str) -> Answer:
                 "title": commit.title,
                 "message": "",
                 "authors": [{"user": repo.owner}],
-                "date": _DATE,
+                "date": commit.date,
             }
             for commit in repo.history(revision)
         ]
@@ -181,7 +179,7 @@ class _Entries:
                 entry["xetHash"] = file.blob.sha256[::-1]
         if self.expand:
             last = self._last_commit(path)
-            entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": _DATE}
+            entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": last.date}
         return entry
 
     def _last_commit(self, path: str) -> Commit:

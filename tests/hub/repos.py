@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
@@ -48,6 +49,11 @@ class Commit:
     parent: str | None
     title: str
     files: Mapping[str, File]
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def date(self) -> str:
+        return f"{self.at:%Y-%m-%dT%H:%M:%S}.000Z"
 
 
 @dataclass

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pissa_core.adapters import request_digest
+from pissa_core.adapters import folding_digest
 from pissa_core.errors import PissaError, SourceChanged
 from pissa_core.plan import Plan
 from pissa_core.refs import Ref
@@ -33,10 +33,10 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     request = context.request_of(claim, PissaToBase)
     residual, adapter = (context.source(claim, ref) for ref in (request.residual, request.adapter))
     context.check_size(adapter.ref, adapter_size(adapter))
-    plan = make_fold_plan(residual, adapter, open_other, slots=context.runtime.slots)
+    plan = make_fold_plan(residual, adapter, open_other, **context.limits(request))
     context.check_plan_size(plan, residual)
     context.check_ranks(adapter.ref, (matrix.rank for matrix in plan.matrices))
-    digest = _digest(context, claim, residual, adapter)
+    digest = _digest(context, claim, plan, residual, adapter)
     # The planner has no device of its own; what one offers is the compute node's to find out.
     runtime = dataclasses.replace(context.runtime, device="cpu")
     sink = context.sink(claim, digest)
@@ -78,7 +78,7 @@ def _planned(context: Context, claim: Claim, plan: Plan) -> tuple[CheckpointSour
 
     assert plan.fold is not None
     residual, adapter = (context.source(claim, ref) for ref in (plan.source, plan.fold.adapter))
-    if _digest(context, claim, residual, adapter) != claim.digest:
+    if _digest(context, claim, plan, residual, adapter) != claim.digest:
         raise SourceChanged(
             f"the files of {plan.source} or {plan.fold.adapter} have changed since the job was "
             "planned",
@@ -98,10 +98,14 @@ def _original(context: Context, claim: Claim, ref: str | None) -> CheckpointSour
 
 
 def _digest(
-    context: Context, claim: Claim, residual: CheckpointSource, adapter: CheckpointSource
+    context: Context,
+    claim: Claim,
+    plan: Plan,
+    residual: CheckpointSource,
+    adapter: CheckpointSource,
 ) -> str:
     output = context.output_name(claim)
-    return request_digest("pissa-to-base", [residual, adapter], {}, output)
+    return folding_digest(residual, adapter, output, plan.division)
 
 
 def _figures(manifest: Mapping[str, Any]) -> dict[str, Any]:

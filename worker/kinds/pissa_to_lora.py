@@ -36,7 +36,7 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     plan = make_lora_plan(found, request.lora, open_ref, slots=context.runtime.slots)
     for update in plan.updates:
         context.check_ranks(plan.source, (update.trained.rank, update.initial.rank))
-    check_lora_plan(plan, found, context.sink(claim, digest))
+    check_lora_plan(plan, found, context.sink(claim, digest), context.runtime)
     hold.check()
     context.tasks.planned(claim, plan, digest)
 
