@@ -6,6 +6,7 @@ made as it is read) and swallows what is sent while hashing it. One layer is con
 
     python benchmarks/giant.py           every side an eighth as long: 2.2 GB, about two minutes
     python benchmarks/giant.py --full    all 141 GB; it takes checksums of all that first
+    python benchmarks/giant.py --full --cases 2    that case anew; the others stay as they are stored
 """
 
 from __future__ import annotations
@@ -183,18 +184,33 @@ def main() -> None:
     scale = 1 if args.full else args.scale
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args.work.resolve(), scale, args.device, args.rank)
-    result = {
+    facts = {
         "machine": machine(args.device),
         "device": args.device,
         "scale": scale,
         "layer": LAYER,
         "rank": args.rank,
-        "runs": [bench.run(CASES[number - 1]) for number in args.cases],
     }
     name = args.name or f"{args.device.replace(':', '')}{'' if scale == 1 else f'-{scale}'}"
     path = HERE / "results" / f"giant-{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    for number in args.cases:
+        store(path, facts, bench.run(CASES[number - 1]))
     print(path)
+
+
+def store(path: Path, facts: dict, run: dict) -> None:
+    """Put one case's figures in the place of its earlier ones; other cases' stay.
+
+    Figures taken under other circumstances (`facts`) are not kept beside new ones.
+    """
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    runs = stored.pop("runs", [])
+    if stored != facts:
+        runs = []
+    runs = [run, *(other for other in runs if other["case"] != run["case"])]
+    order = [case.name for case in CASES]
+    runs.sort(key=lambda each: order.index(each["case"]))
+    path.write_text(json.dumps({**facts, "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

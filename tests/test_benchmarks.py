@@ -189,6 +189,21 @@ def test_a_giant_goes_from_hub_to_hub_within_its_disk(load, tmp_path, monkeypatc
     assert "every side 1/64" in table
 
 
+def test_a_case_of_the_giant_that_is_run_again_leaves_the_others_stored(load, tmp_path):
+    giant = load("giant")
+    first, second, third = (case.name for case in giant.CASES)
+    path, facts = tmp_path / "giant.json", {"machine": {"cores": 2}, "scale": 1}
+    for name, seconds in ((third, 1), (first, 2), (third, 3)):
+        giant.store(path, facts, {"case": name, "wall_s": seconds})
+    stored = json.loads(path.read_text())
+    assert stored == {
+        **facts,
+        "runs": [{"case": first, "wall_s": 2}, {"case": third, "wall_s": 3}],
+    }
+    giant.store(path, {**facts, "scale": 8}, {"case": second, "wall_s": 4})
+    assert json.loads(path.read_text())["runs"] == [{"case": second, "wall_s": 4}]
+
+
 def test_the_disk_a_folder_takes_is_seen_while_it_is_there(load, tmp_path):
     giant = load("giant")
     assert giant.disk_usage(tmp_path / "nothing") == 0
