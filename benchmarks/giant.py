@@ -6,7 +6,7 @@ made as it is read) and swallows what is sent while hashing it. One layer is con
 
     python benchmarks/giant.py           every side an eighth as long: 2.2 GB, about two minutes
     python benchmarks/giant.py --full    all 141 GB; it takes checksums of all that first
-    python benchmarks/giant.py --full --cases 2    that case anew; the others stay as they are stored
+    python benchmarks/giant.py --full --cases 2    that case anew; the others stay as stored
 """
 
 from __future__ import annotations
