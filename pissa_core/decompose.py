@@ -50,6 +50,8 @@ def decompose(
         OutOfMemory: if a matrix does not fit even alone.
         NonFiniteWeight: naming the tensor and the first bad entry.
     """
+    if head_start is not None:
+        head_start.close()
     job = _Job(config, bench, head_start)
     sized = [(matrix, job.nbytes(matrix, resolved.device)) for matrix in matrices]
     on_cpu = partial(job.on_the_cpu_instead, device=resolved.device)

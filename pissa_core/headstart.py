@@ -37,7 +37,7 @@ class HeadStart:
     """Truncated SVDs of matrices that the plan will likely hold, begun before it is there."""
 
     def __init__(self, source: CheckpointSource, config: PissaConfig, resolved: Resolved) -> None:
-        """Begin, with all cores but one; `finish` when the plan has come."""
+        """Begin, with all cores but one; `close` when the matrices' turn has come."""
         self._source, self._config = source, config
         self._held, self._lock = 0, threading.Lock()
         self._futures: dict[str, Future[TruncatedSvd | None]] = {}
@@ -56,7 +56,7 @@ class HeadStart:
         self._futures = {info.name: pool.submit(self._find, info) for info, _ in guessed}
         pool.shutdown(wait=False)
 
-    def finish(self) -> None:
+    def close(self) -> None:
         """Begin nothing more; what is done or under way can still be taken."""
         for future in self._futures.values():
             future.cancel()

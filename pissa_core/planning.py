@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pissa_core.division import MAX_SHARD_SIZE, fit_to_disk
-from pissa_core.layout import read_layout
+from pissa_core.layout import Layout, read_layout
 from pissa_core.plan import IN_FLIGHT, Estimate, Matrix, Plan, ShardPlan
 from pissa_core.ports import CheckpointSource
 from pissa_core.slots import usable_cores
@@ -33,6 +33,7 @@ def make_plan(
     source: CheckpointSource,
     config: PissaConfig,
     *,
+    layout: Layout | None = None,
     slots: int | None = None,
     memory_budget: int | None = None,
     disk_budget: int | None = None,
@@ -46,6 +47,7 @@ def make_plan(
     Args:
         source: the checkpoint.
         config: what to decompose and how.
+        layout: that of the source, where its headers have been read.
         slots: matrices in flight, for the estimate of memory; None: one a core.
         memory_budget: bytes that matrices in flight may take together; None: no limit.
         disk_budget: bytes of scratch; a shard that needs more is divided. None: no limit.
@@ -56,7 +58,7 @@ def make_plan(
     Raises:
         PissaError: the checkpoint's files are not what they should be, or nothing matched.
     """
-    layout = read_layout(source)
+    layout = layout or read_layout(source)
     targets = resolve_targets(layout, config)
     matrices = by_shard(targets.matrices)
     plan = Plan(

@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from pissa_core.adapters.disk import file_info, outside, write_stream
+from pissa_core.adapters.disk import file_info, outside
 from pissa_core.journal import Journal, boot_id, whole_lines
 from pissa_core.plan import CarriedTensor, Matrix, Plan, Run, ShardPlan
 from pissa_core.ports import CheckpointSource, Seal
@@ -217,7 +217,11 @@ def _lay_out(
     header: Header,
     replace: Callable[[PatchFile], None] | None,
 ) -> None:
-    """Fetch the private copy and reserve the part; the journal appears when both are durable."""
+    """Fetch the private copy and reserve the part; the journal appears when both are written.
+
+    Nothing is synced yet, so that no core waits for the disk: what a crash of the machine loses
+    shows in the checksums, by which whoever goes on begins again.
+    """
     for name in ("journal", "shard", "part"):
         (folder / name).unlink(missing_ok=True)  # may be linked to what has been sealed
     if shard.run is None:
@@ -225,19 +229,17 @@ def _lay_out(
         source.fetch(shard.source_path, folder / "shard", holes=holes)
     else:
         _copy_run(shard.source_path, shard.size, shard.run, source, folder / "shard")
-    with PatchFile(folder / "shard") as copy:
-        if replace is not None:
+    if replace is not None:
+        with PatchFile(folder / "shard") as copy:
             replace(copy)
-        copy.sync()
     with PatchFile(folder / "part", create_size=header.file_size) as part:
         part.write(0, header.encoded)
         for tensor in carried_of(plan, shard):
             start = shard.source_start(tensor.start)
             chunks = source.stream(shard.source_path, start, start + tensor.stop - tensor.start)
             part.write_all(header.starts[tensor.key], chunks)
-        part.sync()
     first = {"boot": boot_id(), "around": _checksum_around(folder, shard, header)}
-    write_stream(folder / "journal.new", [json.dumps(first).encode() + b"\n"])
+    (folder / "journal.new").write_text(json.dumps(first) + "\n")
     (folder / "journal.new").rename(folder / "journal")
 
 
@@ -275,7 +277,6 @@ def _copy_run(path: str, size: int, run: Run, source: CheckpointSource, to: Path
         header = framed(run.header.encode())
         copy.write(0, header)
         copy.write_all(len(header), source.stream(path, run.start, run.stop))
-        copy.sync()
 
 
 def _part_ends(header: Header) -> dict[str, int]:

@@ -103,26 +103,29 @@ class Conversion:
                 self.limits["memory_budget"],
                 self.limits["disk_budget"],
             )
-            resolved = resolve(runtime)
             source, sink = self._open(shown)
-            head_start = HeadStart(source, self.config, resolved)
-            try:
+            with closing(HeadStart(source, self.config, resolve(runtime))) as head_start:
                 made = pending.result()
-            finally:
-                head_start.finish()
+                sink = self._settled(made, source, sink, shown)
+                follower = Follower(shown, made, began)
+                events = run_engine(
+                    source, sink, self.config, runtime, plan=made, head_start=head_start
+                )
+                with closing(cast("Generator[Event, None, None]", events)):
+                    for event in events:
+                        follower.take(event)
+        return follower.result()
+
+    def _settled(
+        self, made: Plan, source: CheckpointSource, sink: CheckpointSink, shown: Display
+    ) -> CheckpointSink:
+        """Return the sink that the plan asks for, which may divide shards."""
         if made.commit != source.commit:
             raise SourceChanged(
                 f"{self.model} moved from commit {source.commit} to {made.commit} meanwhile",
                 hint="run the command again",
             )
-        if made.division is not None:
-            sink = self._sink(source, shown, made.division)
-        follower = Follower(shown, made, began)
-        events = run_engine(source, sink, self.config, runtime, plan=made, head_start=head_start)
-        with closing(cast("Generator[Event, None, None]", events)):
-            for event in events:
-                follower.take(event)
-        return follower.result()
+        return sink if made.division is None else self._sink(source, shown, made.division)
 
     def _open(self, shown: Display) -> tuple[CheckpointSource, CheckpointSink]:
         from pissa_core.adapters import open_source

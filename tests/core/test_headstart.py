@@ -86,4 +86,4 @@ def test_another_rank_is_not_taken(tmp_path):
 def test_a_checkpoint_that_cannot_be_read_is_left_to_the_planner(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     _, _, head_start = begun(tmp_path, {"rank": 2})
-    head_start.finish()
+    head_start.close()
