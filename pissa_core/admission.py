@@ -6,12 +6,15 @@ import dataclasses
 from functools import partial
 
 from pissa_core.adapters.ledger import Ledger, disk_too_small
-from pissa_core.errors import DiskTooSmall, MemoryTooSmall, error_from
+from pissa_core.errors import DiskTooSmall, MemoryTooSmall, NoWriteAccess, error_from
 from pissa_core.fold.planning import fold_bytes
+from pissa_core.fold.result import CARD, folded_metadata
 from pissa_core.fold.work import Beside
 from pissa_core.plan import Plan
 from pissa_core.planning import matrix_bytes, publish_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource
+from pissa_core.report.card import metadata_of
+from pissa_core.report.metadata import FIELDS, refused_fields, split_card
 from pissa_core.runtime import Resolved, Runtime, resolve
 from pissa_core.traffic import Traffic
 from pissa_core.workbench import scratch_bytes
@@ -24,8 +27,11 @@ def check_plan(
     runtime: Runtime,
     *,
     beside: Beside | None = None,
-) -> None:
+) -> Plan:
     """Refuse, before any weight is read, what cannot end well.
+
+    Returns the plan, without what of the source's card the output would refuse: hours of work must
+    not end at a tag.
 
     Raises:
         PissaError: the first of the plan's refusals, an output that cannot take the result, or
@@ -42,6 +48,22 @@ def check_plan(
     resolved = resolve(runtime)
     if runtime.memory_budget is not None:
         _check_memory(plan, resolved)
+    return _with_valid_card(plan, source, sink)
+
+
+def _with_valid_card(plan: Plan, source: CheckpointSource, sink: CheckpointSink) -> Plan:
+    text = source.read(CARD).decode(errors="replace") if CARD in source.files() else ""
+    found = split_card(text)[0]
+    make = metadata_of if plan.fold is None else folded_metadata
+
+    def complaint(without: tuple[str, ...]) -> str | None:
+        block = make(dataclasses.replace(plan, card_without=without), found).to_yaml()
+        return sink.complaint_about(f"---\n{block}\n---\n".encode(errors="replace").decode())
+
+    without = refused_fields(lambda fields: complaint(fields) is None)
+    if without == FIELDS and (reason := complaint(without)) is not None:
+        raise NoWriteAccess(f"the Hub takes no model card of ours ({reason})")
+    return dataclasses.replace(plan, card_without=tuple(f for f in without if f in found))
 
 
 def traffic_of(runtime: Runtime, sink: CheckpointSink) -> Traffic:

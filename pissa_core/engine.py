@@ -85,7 +85,7 @@ def carry_out(
     Raises:
         PissaError: whatever `check_plan`, `run_shard` and `publish` raise.
     """
-    check_plan(plan, source, sink, runtime, beside=beside)
+    plan = check_plan(plan, source, sink, runtime, beside=beside)
     yield Planned(plan)
     try:
         if sink.published() is None:

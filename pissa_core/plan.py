@@ -183,6 +183,7 @@ class Plan:
     Attributes:
         index: path of the index of weights in the output; None for a single file.
         new_index: what the index says where shards were divided; None: as in the source.
+        card_without: metadata of the source's card that the place of the result refuses.
     """
 
     source: str
@@ -199,6 +200,7 @@ class Plan:
     refused: tuple[Refusal, ...]
     estimate: Estimate
     new_index: str | None = None
+    card_without: tuple[str, ...] = ()
     fold: Fold | None = None
 
     @property
@@ -281,8 +283,8 @@ class Plan:
         data["refused"] = tuple(Refusal(**r) for r in data["refused"])
         data["estimate"] = Estimate(**data["estimate"])
         data["fold"] = _read_fold(data["fold"]) if data.get("fold") else None
-        for field in ("side_files", "left_out"):
-            data[field] = tuple(data[field])
+        for field in ("side_files", "left_out", "card_without"):
+            data[field] = tuple(data.get(field, ()))
         return cls(**data)
 
 

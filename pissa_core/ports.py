@@ -127,6 +127,9 @@ class CheckpointSink(Protocol):
             OutputExists, OutputIsSource, OutputInsideSource, NoWriteAccess.
         """
 
+    def complaint_about(self, card: str) -> str | None:
+        """Return why this place would refuse a README.md, in its own words; None: it takes it."""
+
     @property
     def scratch_folder(self) -> Path | None:
         """The folder below which every attempt's scratch lies; None if there is no one folder."""

@@ -217,7 +217,13 @@ class Follower:
     def take(self, event: Event) -> None:
         """Count one event and show how far the work is."""
         match event:
-            case Planned():
+            case Planned(plan=plan):
+                if plan.card_without:
+                    fields = ", ".join(plan.card_without)
+                    self.shown.note(
+                        f"note: the Hub refuses {fields} of the source's model card; the result's "
+                        "card leaves it out"
+                    )
                 self._marks["planning"] = time.monotonic()
                 self.pace = Pace()
             case ShardStarted(resumed=resumed) if resumed:

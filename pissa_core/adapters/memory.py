@@ -108,6 +108,9 @@ class MemorySink:
         """Each attempt has a temporary folder of its own."""
         return
 
+    def complaint_about(self, card: str) -> None:
+        """Never any."""
+
     def free_bytes(self) -> None:
         """Not known."""
         return

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from pissa_core.plan import Fold, Plan
 from pissa_core.ports import CheckpointSink, CheckpointSource, FileInfo, Publication, Seal
 from pissa_core.refs import HubRef, parse_ref
-from pissa_core.report.card import ORIGINAL_CARD, kept_metadata, split_card
+from pissa_core.report.card import ORIGINAL_CARD, left_out_note
 from pissa_core.report.figures import Row, in_plan_order
 from pissa_core.report.manifest import SCHEMA, canonical_json, versions
+from pissa_core.report.metadata import kept_metadata, split_card
 
 MANIFEST = "pissa_manifest.json"
 CARD = "README.md"
@@ -120,7 +121,7 @@ def folded_card(plan: Plan, rows: Sequence[Row], residual_card: str) -> bytes:
     sections = [_opening(plan), _figures(plan, rows), _lineage(plan)]
     if found and original_body.strip():
         sections.append(f"---\n\n{ORIGINAL_CARD}\n\n{original_body.strip()}")
-    yaml = _metadata(plan, metadata).to_yaml()
+    yaml = folded_metadata(plan, metadata).to_yaml()
     content = f"---\n{yaml}\n---\n\n" + "\n\n".join(sections) + "\n"
     return str(ModelCard(content, ignore_metadata_errors=True)).encode(errors="replace")
 
@@ -172,12 +173,15 @@ def _lineage(plan: Plan) -> str:
         where = f"[{repo}](https://huggingface.co/{repo})" if repo else "a local folder"
         lines.append(f"* {role}: {where}" + (f" at commit `{commit}`" if commit else ""))
     checksum = f"* the adapter's weights have the sha256 `{fold.adapter_sha256}`"
-    return "## Where it comes from\n\n" + "\n".join([*lines, checksum])
+    note = f"\n\n{left_out_note(plan)}" if plan.card_without else ""
+    return "## Where it comes from\n\n" + "\n".join([*lines, checksum]) + note
 
 
-def _metadata(plan: Plan, before: Mapping[str, Any]) -> ModelCardData:
-    kept, tags = kept_metadata(before)
-    base = before.get("base_model") if isinstance(before.get("base_model"), str) else None
+def folded_metadata(plan: Plan, before: Mapping[str, Any]) -> ModelCardData:
+    """Return the YAML block: ours, and of the residual's what still holds."""
+    kept, tags = kept_metadata(before, plan.card_without)
+    base = None if "base_model" in plan.card_without else before.get("base_model")
+    base = base if isinstance(base, str) else None
     base = base or _repo(plan.source)
     if base:
         kept |= {"base_model": base, "base_model_relation": "finetune"}

@@ -8,20 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from pissa_core.plan import Plan
 from pissa_core.refs import HubRef, parse_ref
 from pissa_core.report.figures import Row, by_kind, energy_share, in_plan_order, totals
+from pissa_core.report.metadata import kept_metadata, split_card
 
 LOCAL_PLACEHOLDER = "path/to/this/folder"
 ORIGINAL_CARD = "# The card of the original model"
 """Above what is kept of the source's card."""
 _LONGEST_TABLE = 40
-# The Hub's own idea of where a card's metadata ends (huggingface_hub.repocard).
-_FRONT_MATTER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))")
-_CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 def card(
@@ -58,7 +55,9 @@ def card(
     ]
     if body.strip():
         sections.append(f"---\n\n{ORIGINAL_CARD}\n\n{body.strip()}")
-    content = f"---\n{_metadata(plan, metadata).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    content = (
+        f"---\n{metadata_of(plan, metadata).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    )
     # A lone surrogate (JSON can smuggle one into a name) must not end a job at its last step.
     return str(ModelCard(content, ignore_metadata_errors=True)).encode(errors="replace")
 
@@ -166,6 +165,7 @@ def _lineage(plan: Plan) -> str:
     repo = _source_repo(plan)
     origin = f"[{repo}](https://huggingface.co/{repo})" if repo else "a local folder"
     commit = f" at commit `{plan.commit}`" if plan.commit else ""
+    left_out = f"\n\n{left_out_note(plan)}" if plan.card_without else ""
     config = json.dumps(dict(plan.config), indent=2, sort_keys=True, ensure_ascii=False)
     return f"""## Where it comes from
 
@@ -173,12 +173,18 @@ Made from {origin}{commit} by pissa-service, with this config:
 
 ```json
 {config}
-```"""
+```{left_out}"""
 
 
-def _metadata(plan: Plan, source: Mapping[str, Any]) -> ModelCardData:
+def left_out_note(plan: Plan) -> str:
+    """Say which of the original card's metadata the result's card is without."""
+    fields = ", ".join(f"`{field}`" for field in plan.card_without)
+    return f"The Hub refuses {fields} as the source's card has it; this card leaves it out."
+
+
+def metadata_of(plan: Plan, source: Mapping[str, Any]) -> ModelCardData:
     """Return the YAML block: ours, and of the source's what still holds (licence, language)."""
-    carried, kept = kept_metadata(source)
+    carried, kept = kept_metadata(source, plan.card_without)
     repo = _source_repo(plan)
     if repo:
         # The root holds changed weights of its own, which the Hub's vocabulary calls a finetune;
@@ -189,31 +195,6 @@ def _metadata(plan: Plan, source: Mapping[str, Any]) -> ModelCardData:
         tags=[*dict.fromkeys([*kept, "pissa", "peft", "lora", "residual"])],
         **carried,
     )
-
-
-def kept_metadata(source: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return what of a source's metadata holds for a model made from it, and its tags."""
-    carried = {name: source[name] for name in _CARRIED_OVER if _is_text_or_texts(source.get(name))}
-    tags = source.get("tags")
-    return carried, list(tags) if isinstance(tags, list) and _is_text_or_texts(tags) else []
-
-
-def split_card(text: str) -> tuple[Mapping[str, Any], str]:
-    """Split a card into metadata and body; metadata that is no YAML mapping counts as none."""
-    match = _FRONT_MATTER.search(text)
-    if match is None:
-        return {}, text
-    try:
-        data = yaml.safe_load(match[2])
-    except (yaml.YAMLError, ValueError, RecursionError):
-        data = None
-    return (data if isinstance(data, dict) else {}), text[match.end() :]
-
-
-def _is_text_or_texts(value: object) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(item, str) for item in value)
-    return isinstance(value, str) and bool(value)
 
 
 def _source_repo(plan: Plan) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -174,4 +175,24 @@ def _card_errors(content: str) -> list[dict[str, str]]:
         return [{"message": f"the metadata is no YAML: {error}"}]
     if metadata is not None and not isinstance(metadata, dict):
         return [{"message": "the metadata must be a mapping"}]
-    return []
+    return [{"message": message} for message in _refused(metadata or {})]
+
+
+def _refused(metadata: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the Hub says of values that are not of its vocabulary, in its words."""
+    for license in _texts(metadata.get("license")):
+        if not re.fullmatch(r"[a-z0-9.+-]+", license):
+            yield '"license" must be one of [apache-2.0, mit, openrail, other, unknown, …]'
+    for language in _texts(metadata.get("language")):
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)?|code|multilingual", language):
+            yield f'"language" with value "{language}" is not valid. It must be an ISO 639-1 code'
+    for base in _texts(metadata.get("base_model")):
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", base):
+            yield f'"base_model" with value "{base}" is not valid. Use a model id'
+    for index, tag in enumerate(_texts(metadata.get("tags"))):
+        if len(tag) > 64:
+            yield f'"tags[{index}]" length must be less than or equal to 64 characters long'
+
+
+def _texts(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [] if value is None else [str(value)]

@@ -30,7 +30,7 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     context.check_plan_size(plan, source)
     # The planner has no device of its own; what one offers is the compute node's to find out.
     runtime = dataclasses.replace(context.runtime, device="cpu")
-    check_plan(plan, source, context.sink(claim, digest), runtime)
+    plan = check_plan(plan, source, context.sink(claim, digest), runtime)
     hold.check()
     context.tasks.planned(claim, plan, digest)
 

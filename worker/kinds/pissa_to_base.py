@@ -40,7 +40,7 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     # The planner has no device of its own; what one offers is the compute node's to find out.
     runtime = dataclasses.replace(context.runtime, device="cpu")
     sink = context.sink(claim, digest)
-    check_plan(plan, residual, sink, runtime, beside=Beside(adapter, None))
+    plan = check_plan(plan, residual, sink, runtime, beside=Beside(adapter, None))
     hold.check()
     context.tasks.planned(claim, plan, digest)
 

@@ -160,6 +160,10 @@ class HubClient:
                 trouble = subject.unavailable("did not answer as a Hub does", passing=False)
                 raise trouble.error from error
 
+    def post(self, path: str, body: object) -> httpx2.Response:
+        """Send JSON to a route of the Hub that the official client has no public call for."""
+        return get_session().post(f"{self.endpoint}{path}", json=body, headers=self._headers)
+
     def pin(self, repo_id: str, revision: str | None, patience: Patience | None = None) -> Pinned:
         """Return a model repo's commit and files, once reading them is known to be allowed.
 

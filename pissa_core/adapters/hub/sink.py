@@ -116,6 +116,10 @@ class HubSink:
         with disk_errors(self._scratch):
             make_folder(self._scratch.parent)
 
+    def complaint_about(self, card: str) -> str | None:
+        """Ask the Hub, as its client does before a commit."""
+        return self._writer.complaint_about(card)
+
     @property
     def scratch_folder(self) -> Path:
         """The folder that all results on this machine share."""

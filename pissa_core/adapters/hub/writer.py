@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     FileDuplicationError,
     HfHubHTTPError,
 )
+from huggingface_hub.utils import hf_raise_for_status
 
 from pissa_core.adapters.hub.changes import Change
 from pissa_core.adapters.hub.client import HubClient, Pinned
@@ -114,6 +115,20 @@ class HubWriter:
                 hint=f"choose a name of your own, or make a token with the right to write at "
                 f"{subject.site}/settings/tokens",
             )
+
+    def complaint_about(self, card: str) -> str | None:
+        """Return what the Hub has against a model card's metadata; None if it takes it."""
+        asked = {"content": card, "repoType": "model"}
+
+        def ask() -> str | None:
+            response = self.client.post("/api/validate-yaml", asked)
+            errors = response.json().get("errors", []) if response.status_code == 400 else []
+            if errors:
+                return " ".join(" ".join(str(error.get("message")).split()) for error in errors)
+            hf_raise_for_status(response)
+            return None
+
+        return self._ask(ask)
 
     def create_repo(self, *, private: bool) -> None:
         """Make the repo, unless it is there."""

@@ -99,6 +99,9 @@ class LocalSink:
         """Below the staging area."""
         return self._staging / "work"
 
+    def complaint_about(self, card: str) -> None:
+        """Never any: nobody reads a card here."""
+
     def free_bytes(self) -> int:
         """Free bytes of the disk that staging and output lie on, and what staging has already."""
         free = shutil.disk_usage(nearest_existing(self._folder.parent)).free
