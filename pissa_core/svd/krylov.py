@@ -144,4 +144,4 @@ def _steps_until(missed: float, tolerance: float, k: int) -> int:
         return 1
     if tolerance == 0 or missed <= tolerance:
         return 1
-    return max(1, round(math.log(missed / tolerance) / math.log(5)))
+    return max(1, round(math.log(missed / tolerance) / math.log(4)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +13,9 @@ from spectra import missed_energy, with_spectrum
 
 from pissa_core.certify import certify
 from pissa_core.svd import RESOLUTION, truncated_svd
+from pissa_core.svd.krylov import LEAST_STEPS
+from pissa_core.svd.missing import could_be_missing, may_hide_members
+from pissa_core.svd.routes import oversampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @given(
     rank=st.sampled_from([1, 2, 4]),
     above=st.integers(0, 3),
-    wider=st.sampled_from([-1, 0, 1, 2, 8]),
+    wider=st.sampled_from([-1, 0, 1, 2, 8, 9, 11, 12, 13, 24]),
     spread=st.sampled_from([0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1]),
     floor=st.sampled_from([0.01, 0.5, 0.9]),
     tolerance=st.sampled_from([3e-2, 1e-2, 1e-3, 1e-5]),
@@ -30,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_clusters_about_as_wide_as_a_block(
+def test_clusters_one_to_three_blocks_wide(
     rank: int,
     above: int,
     wider: int,
@@ -50,3 +56,70 @@ def test_clusters_about_as_wide_as_a_block(
     missed = missed_energy(W, found.U, found.S, found.Vt)
     said = certify(found, torch.zeros_like(found.S), 0.0).missed
     assert missed <= said <= tolerance + 4 * RESOLUTION
+
+
+@given(
+    rank=st.sampled_from([1, 4, 16]),
+    clusters=st.lists(
+        st.tuples(
+            st.integers(1, 60),
+            st.sampled_from([0.0, 1e-4, 3e-3, 0.1]),
+            st.sampled_from([0.3, 0.6, 0.9, 0.97]),
+        ),
+        min_size=4,
+        max_size=12,
+    ),
+    seed=st.integers(0, 2**32),
+)
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_no_step_of_a_krylov_run_is_told_that_less_is_missing_than_is(
+    rank: int, clusters: list[tuple[int, float, float]], seed: int
+) -> None:
+    theta = staircase(clusters, 200, seed)
+    best = float(theta[:rank].sum())
+    before = math.inf
+    for step, values, couplings, block in krylov_steps(theta, rank, seed):
+        latest = said = could_be_missing(values, couplings, rank, block)
+        if may_hide_members(values, rank, block):
+            said = max(latest, before)
+        before = latest
+        assert step < LEAST_STEPS or 1 - float(values[:rank].sum()) / best <= said + RESOLUTION
+
+
+def staircase(clusters: list[tuple[int, float, float]], d: int, seed: int) -> torch.Tensor:
+    """Return d eigenvalues, descending from 1: clusters of (members, spread, drop to the next)."""
+    generator = torch.Generator().manual_seed(seed)
+    level, parts = 1.0, []
+    for members, spread, drop in clusters:
+        offsets = torch.rand(members, dtype=torch.float64, generator=generator)
+        parts.append(level * (1 + spread * offsets))
+        level *= drop
+    floor = level * torch.linspace(1, 0, d, dtype=torch.float64)
+    values = torch.cat([*parts, floor])[:d].sort(descending=True).values
+    return values / values[0]
+
+
+def krylov_steps(
+    theta: torch.Tensor, rank: int, seed: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, int]]:
+    """Yield step, Ritz values, couplings and block of a plain float64 run on diag(theta)."""
+    block, d = rank + oversampling(rank), len(theta)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(d, block, dtype=torch.float64, generator=generator)
+    K = torch.linalg.qr(start).Q.T
+    for step in range(1, 9):
+        if len(K) + block > d:
+            return
+        T = (K * theta) @ K.T
+        values, S = torch.linalg.eigh(T)
+        Y = K[-block:] * theta
+        rest = Y - (Y @ K.T) @ K
+        Q = torch.linalg.qr((rest - (rest @ K.T) @ K).T).Q.T
+        couplings = Q @ rest.T @ S[-block:]
+        yield step, values.flip(0), couplings.flip(1), block
+        K = torch.cat([K, Q])
