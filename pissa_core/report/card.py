@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from shlex import quote
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -49,6 +50,7 @@ def card(
     sections = [
         _opening(plan),
         _loading(plan, here, revision),
+        _converting_back(here, revision),
         _warning(),
         _figures(plan, ordered),
         _lineage(plan),
@@ -100,6 +102,20 @@ model.save_pretrained("trained")
 
 What `save_pretrained` writes belongs on top of this residual model. Keep `pissa_init/`: without
 the initial adapter a trained one cannot be turned into a LoRA for the original model.{unknown}"""
+
+
+def _converting_back(here: str, revision: str | None) -> str:
+    local = here == LOCAL_PLACEHOLDER
+    residual = f"./{here}" if local else str(HubRef(here, revision))
+    initial = f"{residual}/pissa_init" if local else str(HubRef(here, revision, "pissa_init"))
+    return f"""## Convert back
+
+```bash
+# plain LoRA for the original model
+pissa to-lora --initial {quote(initial)} --trained ./trained --out ./lora
+# one plain model, the adapter merged in
+pissa to-base --residual {quote(residual)} --adapter ./trained --out ./merged
+```"""
 
 
 def _warning() -> str:

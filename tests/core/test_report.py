@@ -199,6 +199,8 @@ def test_card_names_the_branch_in_both_loads():
     text = write_card(make_plan(), make_rows(make_plan()), revision="r16")
     assert text.count('revision="r16"') == 2
     assert 'here = "me/out"' in text
+    assert "--residual hf://me/out@r16 " in text
+    assert "--initial hf://me/out@r16/pissa_init " in text
 
 
 def test_the_code_of_the_card_is_python():
