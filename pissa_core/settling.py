@@ -11,8 +11,9 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pissa_core.openfile import CHUNK
 from pissa_core.ports import ByteRange, FileInfo
-from pissa_core.tensorfile import CHUNK, PatchFile
+from pissa_core.tensorfile import PatchFile
 
 _SYNC_EVERY = 256 << 20
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pissa_core.openfile import read_into_fd, reserve
+
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-CHUNK = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,28 +130,6 @@ class PatchFile:
     def sync(self) -> None:
         """Return once everything written is on the disk."""
         os.fsync(self._fd)
-
-
-def read_into_fd(fd: int, start: int, buffer: memoryview) -> None:
-    """Fill `buffer` from an open file, beginning at byte `start`.
-
-    Raises:
-        EOFError: if the file ends first.
-    """
-    filled = 0
-    while filled < len(buffer):
-        count = os.preadv(fd, [buffer[filled:]], start + filled)
-        if count == 0:
-            raise EOFError(f"the file ends at byte {start + filled}")
-        filled += count
-
-
-def reserve(fd: int, size: int) -> None:
-    """Give an open file `size` bytes of disk now, so that a full disk shows before the work."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, size)
-    else:
-        os.ftruncate(fd, size)
 
 
 def concatenate(header: Header, bodies: Iterable[Iterable[bytes]]) -> Iterator[bytes]:

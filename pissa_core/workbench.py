@@ -17,11 +17,11 @@ from torch import Tensor
 
 from pissa_core.adapters.disk import file_info, outside
 from pissa_core.journal import Journal, boot_id, whole_lines
+from pissa_core.openfile import CHUNK
 from pissa_core.plan import CarriedTensor, Matrix, Plan, Run, ShardPlan
 from pissa_core.ports import CheckpointSource, Seal
 from pissa_core.settling import Settling
 from pissa_core.tensorfile import (
-    CHUNK,
     Entry,
     Header,
     PatchFile,

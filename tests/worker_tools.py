@@ -175,7 +175,7 @@ def _comparable(path: Path, folder: Path) -> bytes:
         return content.replace(str(folder).encode(), b"OUTPUT")
     if path.name == "pissa_manifest.json":
         manifest = json.loads(content)
-        manifest["files"].pop("pissa_init/adapter_config.json")
+        manifest["files"].pop("pissa_init/adapter_config.json", None)
         return json.dumps(manifest, sort_keys=True).encode()
     return content
 

@@ -29,6 +29,7 @@ from worker.processes import dies_with_parent
 from worker.settings import Settings
 from worker.store.connection import Connection
 from worker.store.reaper import Reaper
+from worker.sweeping import Sweeper
 
 _GATES = "pissa-worker-"
 _POLL_S = 0.2
@@ -46,8 +47,9 @@ def run_worker(settings: Settings, *, device: str, slots: int | None) -> None:
     configure_logging("worker")
     with _folder_of_gates() as gates:
         worker = _Worker(settings, device, slots, gates)
-        with Reaper(worker.connection, settings):
+        with Reaper(worker.connection, settings), Sweeper(worker.connection, settings):
             worker.run(stopping)
+        worker.connection.close()
 
 
 @contextmanager
@@ -82,6 +84,8 @@ class _Worker:
             "compute": [f"work{suffix}" for suffix in suffixes],
         }
         self._queues = [name for names in queues.values() for name in names]
+        # What a node that is killed leaves among temporary files goes with its worker.
+        self._own = {**_THREADS, "TMPDIR": str(gates)}
         self._children = [
             _Child(
                 Node(
@@ -125,7 +129,7 @@ class _Worker:
         if now >= child.due:
             child.process = subprocess.Popen(
                 [sys.executable, "-m", "worker.node"],
-                env=os.environ | self._settings.as_env() | child.node.as_env() | _THREADS,
+                env=os.environ | self._settings.as_env() | child.node.as_env() | self._own,
                 stdin=subprocess.DEVNULL,
                 process_group=0,
             )
@@ -164,7 +168,6 @@ class _Worker:
             self.connection.call("leave", name=self.name)
         except StoreUnavailable:
             logger.warning("the store is away; this worker's leases run out by themselves")
-        self.connection.close()
 
 
 # BLAS threads are pinned before any library counts the cores: a matrix is one thread's work.

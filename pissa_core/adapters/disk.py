@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pissa_core.errors import DiskFull, NoWriteAccess
+from pissa_core.openfile import CHUNK, reserve
 from pissa_core.ports import ByteRange, FileInfo
-from pissa_core.tensorfile import CHUNK, reserve
 
 _FICLONE = 0x40049409
 _FULL = {errno.ENOSPC, errno.EDQUOT}

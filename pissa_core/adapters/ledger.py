@@ -100,8 +100,8 @@ class Ledger:
         return None
 
     def sweep(self) -> None:
-        """Forget what the dead reserved for scratch that is gone."""
-        if self._folder.is_dir():
+        """Forget what the dead reserved for scratch that is gone, and remove what they locked."""
+        if any(self._folder.glob(".*")):
             with self._counting():
                 self._count(None)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pissa_core.errors import HeaderInvalid, UnsupportedAdapter
 from pissa_core.layout import TensorInfo, read_header
+from pissa_core.openfile import CHUNK
 from pissa_core.ports import CheckpointSource
-from pissa_core.tensorfile import CHUNK
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -24,11 +24,12 @@ from pissa_core.fold.adapter import WEIGHTS
 from pissa_core.fold.arithmetic import compare, fold_in
 from pissa_core.fold.belonging import check_is_listed
 from pissa_core.fold.planning import fold_bytes
+from pissa_core.openfile import CHUNK
 from pissa_core.plan import CarriedTensor, Fold, Matrix, Plan, ShardPlan, row_of
 from pissa_core.ports import CheckpointSource
 from pissa_core.runtime import Resolved
 from pissa_core.slots import run_in_slots
-from pissa_core.tensorfile import CHUNK, TORCH_DTYPES, PatchFile, empty, memory_of
+from pissa_core.tensorfile import TORCH_DTYPES, PatchFile, empty, memory_of
 from pissa_core.workbench import Workbench
 
 

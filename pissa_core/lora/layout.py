@@ -9,9 +9,9 @@ from pissa_core.lora.adapter import WEIGHTS
 from pissa_core.lora.form import form_of
 from pissa_core.lora.plan import LoraPlan, Update
 from pissa_core.lora.updates import pad_columns, pad_rows
+from pissa_core.openfile import CHUNK
 from pissa_core.ports import CheckpointSource
 from pissa_core.tensorfile import (
-    CHUNK,
     TORCH_DTYPES,
     Entry,
     Header,

@@ -141,8 +141,10 @@ def _hub_asleep(home: Household, fault: Fault) -> None:
 
 
 def _kill_everything(home: Household, fault: Fault) -> None:
+    # The Hub is somebody else's, and forgets nothing.
     for part in home.parts:
-        part.kill()
+        if part is not home.hub:
+            part.kill()
 
 
 FAULTS: Mapping[str, tuple[int, Callable[[Household, Fault], None]]] = {

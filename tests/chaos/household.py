@@ -235,7 +235,7 @@ def household(folder: Path, *, workers: int = 2, **changes: object) -> Iterator[
 
 def make_household(folder: Path, **changes: object) -> Household:
     """Lay out a service; nothing is started yet."""
-    for name in ("models", "valkey", "data", "hub", "storage", "tmp"):
+    for name in ("models", "valkey", "data", "hub", "storage", "tmp", "hf"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     # A socket's path may have a hundred bytes, and a test's folder has that many by itself.
     door = Path(f"/tmp/pissa-chaos-{secrets.token_hex(6)}.sock")
@@ -244,6 +244,7 @@ def make_household(folder: Path, **changes: object) -> Household:
     environment = os.environ | settings.as_env() | {
         MARK: secrets.token_hex(8),
         "HF_ENDPOINT": f"http://127.0.0.1:{hub_port}",
+        "HF_HOME": str(folder / "hf"),
         "TMPDIR": str(folder / "tmp"),
         "PYTHONPATH": str(TESTS.parent),
         "PYTHONWARNINGS": "default",

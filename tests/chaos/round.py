@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import hubrepo
 from client import FINAL, Client, Follower
+from comparing import Outcome, clear, outcome_of
 from faults import inflict
-from household import Household, store_of
+from household import Household
 from recipes import Recipe
 from script import Part, Script
-from worker_tools import checksums, leftovers, wait_for
+from traces import Traces
+from worker_tools import wait_for
 
 END_S = 240.0
 SETTLE_S = 60.0
-Sums = Mapping[str, Mapping[str, str]]
 
 
 @dataclass
@@ -44,7 +43,8 @@ class Round:
     home: Household
     client: Client
     script: Script
-    undisturbed: Sums
+    undisturbed: Mapping[str, Outcome]
+    traces: Traces
     running: list[Running] = field(default_factory=list)
 
     @property
@@ -120,18 +120,15 @@ class Round:
             self._check_end(job)
             self._check_events(job)
         self._check_list()
-        wait_for(lambda: not self.home.orphans(), f"no orphans: {self.home.orphans()}", SETTLE_S)
-        self._wait_for_nothing(lambda: traces(self.home), "a trace in the store")
-        self._wait_for_nothing(lambda: scratch(self.home), "scratch left behind")
-        recipes = [job.recipe for job in self.running]
-        self._wait_for_nothing(lambda: staged(self.home, recipes), "staging branches left behind")
+        home, recipes = self.home, [job.recipe for job in self.running]
+        self._wait_for_nothing(home.orphans, "orphans")
+        self._wait_for_nothing(lambda: self.traces.of_work(home, recipes), "left of work")
         for job in self.running:
             assert self.client.ask("DELETE", f"/v1/jobs/{job.job_id}").status_code == 204
-            clear(self.home, job.recipe)
-        self._wait_for_nothing(lambda: records(self.home), "records of deleted jobs")
-        self._wait_for_nothing(lambda: kept(self.home), "files of deleted jobs")
+            clear(home, job.recipe)
+        self._wait_for_nothing(lambda: self.traces.of_anything(home), "left of deleted jobs")
 
-    def _wait_for_nothing(self, look: Any, what: str) -> None:
+    def _wait_for_nothing(self, look: Callable[[], Sequence[str]], what: str) -> None:
         deadline = time.monotonic() + SETTLE_S
         while found := look():
             assert time.monotonic() < deadline, f"{what}: {found}"
@@ -143,9 +140,9 @@ class Round:
         if job.cancelled and not job.resumed:
             allowed.add("cancelled")
         assert answer["status"] in allowed, answer
-        found = result_of(self.home, recipe, job.job_id)
-        expected = self.undisturbed[recipe.name] if answer["status"] == "succeeded" else {}
-        assert found == expected, recipe.name
+        found = outcome_of(self.home, self.client, recipe, job.job_id)
+        succeeded = answer["status"] == "succeeded"
+        assert found == (self.undisturbed[recipe.name] if succeeded else Outcome()), recipe.name
         if answer["status"] == "failed":
             assert answer["error"]["code"] == recipe.code, answer["error"]
 
@@ -171,59 +168,3 @@ class Round:
         """Every job is there once: none was accepted twice, none was lost."""
         listed = self.client.ask("GET", "/v1/jobs", params={"limit": 200}).json()["jobs"]
         assert sorted(job["id"] for job in listed) == sorted(job.job_id for job in self.running)
-
-
-def traces(home: Household) -> list[str]:
-    """Return what of unfinished work the store still holds."""
-    client, found = store_of(home), []
-    for pattern in ("pissa:leases", "pissa:delayed", "pissa:sent:*", "pissa:turn:*",
-                    "pissa:staging:*", "pissa:job:*:tasks", "pissa:job:*:held",
-                    "pissa:celery:plan*", "pissa:celery:work*"):  # fmt: skip
-        found += [str(key) for key in client.scan_iter(pattern)]
-    client.close()
-    return found
-
-
-def scratch(home: Household) -> list[str]:
-    """Return what lies about on the disk beside results."""
-    folders = [home.settings.files_dir, home.folder / "models" / "out"]
-    found = [name for folder in folders if folder.is_dir() for name in leftovers(folder)]
-    # Empty folders that a killed process leaves in TMPDIR are the system's to sweep.
-    temporary = (home.folder / "tmp").rglob("*")
-    found += [str(path) for path in temporary if path.is_file()]
-    work = home.settings.data_dir / "scratch"
-    return found + ([path.name for path in work.iterdir()] if work.is_dir() else [])
-
-
-def staged(home: Household, recipes: Sequence[Recipe]) -> list[str]:
-    """Return the staging branches that are left on the Hub."""
-    repos = [recipe.repo for recipe in recipes if recipe.repo]
-    return [name for repo in repos for name in hubrepo.branches_of(home.hub_url, repo)]
-
-
-def result_of(home: Household, recipe: Recipe, job_id: str) -> dict[str, str]:
-    """Return the checksum of every file that a job has made visible."""
-    if recipe.repo:
-        return hubrepo.files_of(home.hub_url, recipe.repo)
-    output = recipe.output or home.settings.files_dir / job_id
-    return checksums(output) if output.exists() else {}
-
-
-def clear(home: Household, recipe: Recipe) -> None:
-    """Remove a result, so that the recipe can be followed again."""
-    if recipe.repo:
-        hubrepo.delete(home.hub_url, recipe.repo)
-    if recipe.output:
-        shutil.rmtree(recipe.output, ignore_errors=True)
-
-
-def records(home: Household) -> list[str]:
-    client = store_of(home)
-    found = [str(key) for key in client.scan_iter("pissa:job:*")]
-    client.close()
-    return found
-
-
-def kept(home: Household) -> list[str]:
-    folder = home.settings.files_dir
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []

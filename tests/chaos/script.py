@@ -52,7 +52,7 @@ class Script:
 def write_script(seed: int, recipes: Sequence[Recipe], workers: int) -> Script:
     """Decide a round; the same seed gives the same."""
     dice = random.Random(seed)
-    chosen = dice.sample(list(recipes), dice.randint(3, 5))
+    chosen = dice.sample(list(recipes), dice.randint(4, 6))
     jobs = tuple(sorted((_job(dice, recipe) for recipe in chosen), key=lambda job: job.at_s))
     kinds = dice.choices(
         list(FAULTS), [weight for weight, _ in FAULTS.values()], k=dice.randint(2, 5)

@@ -6,9 +6,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from client import Client
+from comparing import Outcome, clear, outcome_of
 from household import Household, household
-from recipes import Recipe, write_recipes
-from round import clear, result_of
+from pairs import make_pairs
+from recipes import Recipe, recipes, write_models
+from traces import Traces
 from worker_tools import wait_for
 
 
@@ -18,7 +20,8 @@ class Stage:
     home: Household
     client: Client
     recipes: list[Recipe]
-    undisturbed: dict[str, dict[str, str]]
+    undisturbed: dict[str, Outcome]
+    traces: Traces
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -32,11 +35,15 @@ class Stage:
         self._number += 1
         folder = self._folder / f"service-{self._number}"
         folder.mkdir()
-        self.recipes = write_recipes(folder)
-        self.home = self._open.enter_context(household(folder))
-        self.client = Client(self.home.url)
+        write_models(folder)
+        self.recipes = recipes(folder / "models" / "out")
+        home = self._open.enter_context(household(folder))
+        self.client = Client(home.url)
         self._open.callback(self.client.close)
-        self.undisturbed = {recipe.name: self._run_alone(recipe) for recipe in self.recipes}
+        make_pairs(home, self.client)
+        self.undisturbed = {recipe.name: self._run_alone(home, recipe) for recipe in self.recipes}
+        self.traces = Traces(home)
+        self.home = home
 
     def close(self) -> None:
         """End every process of the service."""
@@ -44,13 +51,14 @@ class Stage:
         if hasattr(self, "home"):
             del self.home
 
-    def _run_alone(self, recipe: Recipe) -> dict[str, str]:
+    def _run_alone(self, home: Household, recipe: Recipe) -> Outcome:
         job_id = self.client.submit(dict(recipe.body), f"alone-{recipe.name}")
-        wait_for(lambda: self.client.job(job_id)["finished_at"], recipe.name, 120)
+        wait_for(lambda: self.client.job(job_id)["finished_at"], recipe.name, 300)
         job = self.client.job(job_id)
         assert job["status"] == recipe.status, job
-        found = result_of(self.home, recipe, job_id)
-        assert bool(found) == (recipe.status == "succeeded")
+        found = outcome_of(home, self.client, recipe, job_id)
+        assert bool(found.files) == (recipe.place != "nowhere")
+        assert found.passed is recipe.passed, job
         assert self.client.ask("DELETE", f"/v1/jobs/{job_id}").status_code == 204
-        clear(self.home, recipe)
+        clear(home, recipe)
         return found

@@ -30,7 +30,7 @@ def test_a_round_of_chaos(stage: Stage, seed: int) -> None:
     script = write_script(seed, stage.recipes, workers=2)
     print(script)
     began, passed = time.monotonic(), False
-    played = Round(stage.home, stage.client, script, stage.undisturbed)
+    played = Round(stage.home, stage.client, script, stage.undisturbed, stage.traces)
     try:
         played.play()
         passed = True

@@ -17,18 +17,18 @@ from pathlib import Path
 import pytest
 
 from pissa_core.adapters.ledger import Ledger
-from pissa_core.adapters.local.scratch import adopt, make_scratch
+from pissa_core.adapters.local.scratch import adopt, open_scratch
 from pissa_core.errors import DiskTooSmall
 
 HOLDER = """
 import sys, time
 from pathlib import Path
 from pissa_core.adapters.ledger import Ledger
-from pissa_core.adapters.local.scratch import make_scratch
+from pissa_core.adapters.local.scratch import open_scratch
 
 folder, work, nbytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 work.mkdir(parents=True, exist_ok=True)
-scratch, lock = make_scratch(work)
+scratch, lock = open_scratch(work)
 (scratch / "journal").write_text("{}")
 with Ledger(folder, 100).try_hold(nbytes, scratch, waited_s=0):
     print(scratch, flush=True)
@@ -102,7 +102,7 @@ def test_another_process_counts_until_it_is_killed(tmp_path):
 def leave_behind(folder: Path, work: Path, nbytes: int) -> Path:
     """Hold bytes and die: all that the kernel does then is to close what was locked."""
     work.mkdir()
-    scratch, lock = make_scratch(work)
+    scratch, lock = open_scratch(work)
     (scratch / "journal").write_text("{}")
     reservation = hold(Ledger(folder, 100), nbytes, scratch)
     os.close(reservation.lock)
@@ -148,7 +148,7 @@ def test_scratch_of_the_dead_makes_room_when_nobody_adopts_it_in_time(tmp_path):
 def test_scratch_of_the_living_makes_no_room(tmp_path):
     ledger = Ledger(tmp_path / "ledger", 100)
     (tmp_path / "work").mkdir()
-    scratch, lock = make_scratch(tmp_path / "work")
+    scratch, lock = open_scratch(tmp_path / "work")
     with hold(ledger, 60, scratch):
         assert hold(ledger, 50, waited_s=3600) is None
         assert scratch.exists()
@@ -174,7 +174,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(tmp_path):
 def test_scratch_left_by_an_attempt_that_failed_goes_on_counting(tmp_path):
     ledger = Ledger(tmp_path / "ledger", 100)
     (tmp_path / "work").mkdir()
-    scratch, lock = make_scratch(tmp_path / "work")
+    scratch, lock = open_scratch(tmp_path / "work")
     with hold(ledger, 60, scratch):
         (scratch / "journal").write_text("{}")
     os.close(lock)
@@ -192,7 +192,7 @@ def test_without_a_budget_it_is_what_is_free_and_what_work_holds(tmp_path):
     with pytest.raises(DiskTooSmall):
         hold(ledger, 2 * free)
     (tmp_path / "work").mkdir()
-    scratch, lock = make_scratch(tmp_path / "work")
+    scratch, lock = open_scratch(tmp_path / "work")
     with hold(ledger, 1000, scratch):
         assert ledger.capacity() > 0
     os.close(lock)

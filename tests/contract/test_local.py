@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from places import publication, seal_attempt, seal_in
 from pissa_core.adapters import open_source
 from pissa_core.adapters.disk import disk_errors, outside
 from pissa_core.adapters.local import LocalSink, LocalSource
+from pissa_core.adapters.local.scratch import discard_result, open_scratch, remove_scratch
 from pissa_core.errors import (
     Cancelled,
     DiskFull,
@@ -476,3 +478,30 @@ def test_outside_holes(holes, expected):
 def test_a_full_disk_is_said_so():
     with pytest.raises(DiskFull, match="full"), disk_errors(Path("/some/where")):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_scratch_is_opened_while_others_tidy_up(tmp_path):
+    """Another job's discard takes a folder in the making for one that was left."""
+    result, opened = tmp_path / "result", 0
+    done = threading.Event()
+
+    def tidy_up() -> None:
+        while not done.is_set():
+            discard_result(result)
+
+    others = [threading.Thread(target=tidy_up) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        for _ in range(100):
+            folder, lock = open_scratch(result / "shard")
+            opened += folder.is_dir() and (folder / "lock").exists()
+            remove_scratch(folder)
+            os.close(lock)
+    finally:
+        done.set()
+        for other in others:
+            other.join()
+    assert opened == 100
+    discard_result(result)
+    assert not result.exists()

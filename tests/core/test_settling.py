@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from pissa_core.openfile import CHUNK
 from pissa_core.settling import Settling
-from pissa_core.tensorfile import CHUNK, PatchFile
+from pissa_core.tensorfile import PatchFile
 
 
 @pytest.mark.parametrize("size", [0, 1, 4000, CHUNK + 5, 3 * CHUNK])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
@@ -18,10 +18,10 @@ from pissa_core.adapters.hub.source import HubSource
 from pissa_core.adapters.hub.staging import KEPT, Staging, sweep_stale
 from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, HubWriter
 from pissa_core.adapters.local.scratch import (
-    adopt,
     discard_old,
-    discard_scratch,
-    make_scratch,
+    discard_result,
+    open_scratch,
+    remove_if_empty,
     remove_scratch,
     slug,
 )
@@ -151,14 +151,13 @@ class HubSink:
         self._staging.open(private=self._options.private)
         work = self._scratch / slug(shard)
         with disk_errors(work):
-            make_folder(work)
             discard_old(self._scratch.parent, KEPT)
-            folder, lock = adopt(work) or make_scratch(work)
+            folder, lock = open_scratch(work)
         try:
             yield HubAttempt(folder, self._staging)
         finally:
             os.close(lock)
-            _remove_if_empty(work, self._scratch)
+            remove_if_empty(work, self._scratch)
 
     def read_part(self, shard: str, start: int, stop: int) -> bytes:
         """Return a range of a sealed part, from the staging branch."""
@@ -183,22 +182,17 @@ class HubSink:
             return
         work = self._scratch / _PUBLISHING
         with disk_errors(work):
-            make_folder(work)
-            folder, lock = adopt(work) or make_scratch(work)
+            folder, lock = open_scratch(work)
             try:
                 self._commit = self._publisher(folder).publish(contents)
             finally:
                 remove_scratch(folder)
                 os.close(lock)
-                _remove_if_empty(work, self._scratch)
+                remove_if_empty(work, self._scratch)
 
     def discard(self, *, keep_sealed: bool = False) -> None:
         """Remove the staging branch, and scratch that no live attempt on this machine holds."""
-        for folder in sorted(self._scratch.glob("*/*")):
-            discard_scratch(folder)
-        for work in sorted(self._scratch.glob("*")):
-            _remove_if_empty(work)
-        _remove_if_empty(self._scratch)
+        discard_result(self._scratch)
         if keep_sealed and not self._staging.is_empty():
             return
         self._writer.delete_branch(self._publisher(self._scratch).hidden_branch)
@@ -243,9 +237,3 @@ class HubSink:
         commits = [commit for commit, _ in self._writer.history(there.commit)]
         after = commits.index(parent) - 1 if parent in commits else 0
         return commits[max(after, 0)]
-
-
-def _remove_if_empty(*folders: Path) -> None:
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()

@@ -10,9 +10,9 @@ from pathlib import Path
 from pissa_core.adapters.disk import disk_errors
 from pissa_core.adapters.hub.client import HubClient, HubFile
 from pissa_core.errors import DownloadCorrupt, FolderNotFound, ShardTruncated
+from pissa_core.openfile import reserve
 from pissa_core.ports import ByteRange, FileInfo
 from pissa_core.refs import HubRef
-from pissa_core.tensorfile import reserve
 
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 

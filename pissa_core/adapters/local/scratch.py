@@ -16,7 +16,14 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from pissa_core.adapters.disk import create_once, disk_errors, identity_of, sync_folder, try_lock
+from pissa_core.adapters.disk import (
+    create_once,
+    disk_errors,
+    identity_of,
+    make_folder,
+    sync_folder,
+    try_lock,
+)
 from pissa_core.errors import Cancelled
 from pissa_core.ports import Seal
 
@@ -54,15 +61,30 @@ class LocalAttempt:
         remove_scratch(self.folder)
 
 
-def make_scratch(work: Path) -> tuple[Path, int]:
-    """Make a scratch folder that is locked before anybody can see it."""
+def open_scratch(work: Path) -> tuple[Path, int]:
+    """Take over a dead attempt's scratch below `work`, or make some; return it, and its lock."""
+    while True:
+        # Others tidy up at any time, and may take a folder in the making for one that was left.
+        with suppress(FileNotFoundError):
+            make_folder(work)
+            opened = adopt(work) or _make_scratch(work)
+            if opened is not None:
+                return opened
+
+
+def _make_scratch(work: Path) -> tuple[Path, int] | None:
+    """Make a scratch folder that is locked before anybody can adopt it."""
     token = secrets.token_hex(8)
     hidden = work / f".{token}"
     hidden.mkdir()
     lock = try_lock(hidden / "lock")
     if lock is None:
-        raise RuntimeError(f"a fresh lock in {hidden} is already held")
-    return hidden.rename(work / token), lock
+        return None
+    try:
+        return hidden.rename(work / token), lock
+    except OSError:
+        os.close(lock)
+        raise
 
 
 def adopt(work: Path) -> tuple[Path, int] | None:
@@ -115,6 +137,29 @@ def discard_scratch(folder: Path) -> bool:
     remove_scratch(folder)
     os.close(lock)
     return False
+
+
+def discard_result(folder: Path) -> None:
+    """Remove what dead attempts left of one result, below ``folder/SHARD/``."""
+    for work in _inside(folder):
+        for scratch in _inside(work):
+            discard_scratch(scratch)
+        remove_if_empty(work)
+    remove_if_empty(folder)
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # others tidy up, too
+        return []
+
+
+def remove_if_empty(*folders: Path) -> None:
+    """Remove folders, each if nothing is in it."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def discard_old(root: Path, age: timedelta) -> None:

@@ -36,9 +36,8 @@ from pissa_core.adapters.disk import (
 )
 from pissa_core.adapters.local.scratch import (
     LocalAttempt,
-    adopt,
     discard_scratch,
-    make_scratch,
+    open_scratch,
     slug,
 )
 from pissa_core.errors import (
@@ -132,9 +131,8 @@ class LocalSink:
         """Open scratch of our own, taking over what a dead attempt left."""
         work = self._staging / "work" / slug(shard)
         with disk_errors(self._folder):
-            make_folder(work)
             make_folder(self._sealed(shard))
-            folder, lock = adopt(work) or make_scratch(work)
+            folder, lock = open_scratch(work)
         try:
             yield LocalAttempt(folder, self._sealed(shard))
         finally:

@@ -17,8 +17,8 @@ from pissa_core.errors import (
     ShardTruncated,
     SourceChanged,
 )
+from pissa_core.openfile import CHUNK, read_into_fd
 from pissa_core.ports import ByteRange, FileInfo
-from pissa_core.tensorfile import CHUNK, read_into_fd
 
 _HINT = "a model on the Hub is written org/name or hf://org/name"
 

@@ -16,6 +16,7 @@
 --   pissa:finished          zset: finished jobs -> when they ended
 --   pissa:totals            hash: what the metrics count; numbers that only grow
 --   pissa:staging:DIGEST    set: jobs that may go on from what is staged under DIGEST
+--   pissa:over              zset: digests that no job goes on from any more -> since when
 --
 -- Task states: ready -> sent -> leased -> done, with delayed in between for a retry.
 

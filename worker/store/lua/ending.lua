@@ -1,10 +1,21 @@
 -- How a job ends: first nothing of it runs any more, then staged work goes, then the state is final.
 
 local ORDER = { none = 0, scratch = 1, all = 2 }
+local REMEMBERED_MS = 8 * 86400 * 1000 -- scratch that nobody asks for goes after seven days
+
+-- No longer one of those that may go on from what is staged. Whose disk still holds scratch of
+-- something that nobody goes on from can ask for a while (`over`).
+local function abandon(id, digest)
+  redis.call('SREM', 'pissa:staging:' .. digest, id)
+  if redis.call('EXISTS', 'pissa:staging:' .. digest) == 0 then
+    redis.call('ZADD', 'pissa:over', now, digest)
+    redis.call('ZREMRANGEBYSCORE', 'pissa:over', '-inf', now - REMEMBERED_MS)
+  end
+end
 
 local function purge(id)
   local digest = get(id, 'digest')
-  if digest then redis.call('SREM', 'pissa:staging:' .. digest, id) end
+  if digest then abandon(id, digest) end
   local idem = get(id, 'idem')
   if idem then redis.call('DEL', idem) end
   redis.call('DEL', J(id), sub(id, 'tasks'), sub(id, 'ready'), sub(id, 'held'),
@@ -22,7 +33,7 @@ end
 local function forget_staging(id)
   local digest = get(id, 'digest')
   if not digest then return end
-  redis.call('SREM', 'pissa:staging:' .. digest, id)
+  abandon(id, digest)
   redis.call('HDEL', J(id), 'digest')
 end
 

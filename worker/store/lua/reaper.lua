@@ -74,6 +74,19 @@ function ops.unserved(a)
   return {}
 end
 
+-- Of some digests, those whose scratch nobody takes up any more: every job that worked under them
+-- has succeeded, was cancelled, or is gone. What this store never knew is not among them.
+function ops.over(a)
+  local out = {}
+  for _, digest in ipairs(a.digests) do
+    local jobs = redis.call('SMEMBERS', 'pissa:staging:' .. digest)
+    local over = #jobs > 0 or redis.call('ZSCORE', 'pissa:over', digest)
+    for _, id in ipairs(jobs) do over = over and get(id, 'status') == 'cancelled' end
+    if over then out[#out + 1] = digest end
+  end
+  return { over = out }
+end
+
 function ops.beat(a)
   redis.call('HSET', 'pissa:workers', a.name, a.record)
   redis.call('ZADD', 'pissa:workers:seen', now, a.name)

@@ -147,10 +147,11 @@ function ops.planned(a)
   if not held(a) then return LOST end
   drop_task(a.id, 'prepare')
   local before = get(a.id, 'digest')
-  if before and before ~= a.digest then redis.call('SREM', 'pissa:staging:' .. before, a.id) end
+  if before and before ~= a.digest then abandon(a.id, before) end
   set(a.id, 'digest', a.digest, 'matrices_total', a.matrices, 'bytes_total', a.bytes,
     'shards_total', #a.shards, 'shards_at', now)
   redis.call('SADD', 'pissa:staging:' .. a.digest, a.id)
+  redis.call('ZREM', 'pissa:over', a.digest)
   redis.call('SET', sub(a.id, 'plan'), a.plan)
   emit(a.id, 'planned', { matrices = a.matrices, bytes = a.bytes, shards = #a.shards })
   if get(a.id, 'ending') then
