@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import tinymodels
-from conversions import checksums
+import transformers
+from conversions import checksums, fold_to
 from hub.state import Hub
+from huggingface_hub import snapshot_download
 
-from pissa_core.adapters import open_sink, open_source, request_digest
+from pissa_core.adapters import folding_digest, open_sink, open_source
 from pissa_core.engine import carry_out, convert
 from pissa_core.errors import RepoNotFound
-from pissa_core.events import MatrixDone, Published
+from pissa_core.events import MatrixDone, Published, ShardSealed
 from pissa_core.fold.planning import make_fold_plan
 from pissa_core.fold.work import Beside
 from pissa_core.refs import LocalRef, Ref, parse_ref
@@ -77,7 +79,7 @@ def test_residual_and_adapter_on_the_hub_become_the_original(hub, pair, tmp_path
     plan = make_fold_plan(residual, adapter, open_other)
     assert plan.fold.initial
     assert plan.fold.original.startswith("hf://org/tiny@")
-    digest = request_digest(plan.kind, [residual, adapter], {}, "plain")
+    digest = folding_digest(residual, adapter, "plain")
     sink = open_sink(LocalRef(str(tmp_path / "plain")), digest=digest)
     beside = Beside(adapter, open_other(parse_ref(plan.fold.original)))
     events = list(carry_out(plan, residual, sink, Runtime(device="cpu"), beside=beside))
@@ -89,3 +91,43 @@ def test_residual_and_adapter_on_the_hub_become_the_original(hub, pair, tmp_path
     assert "me/pair" in card
     assert not list(tmp_path.glob(".plain*"))
     assert set(checksums(tmp_path / "plain")) == set(manifest["files"]) | {"pissa_manifest.json"}
+
+
+def test_a_fold_stopped_midway_is_finished_on_another_machine(hub, pair, open_hub_sink, tmp_path):
+    def open_other(ref: Ref):
+        return open_source(ref, endpoint=hub.endpoint)
+
+    token = hub.create_token("me")
+    residual, adapter = map(open_other, map(parse_ref, ("me/pair", "hf://me/pair/pissa_init")))
+    plan = make_fold_plan(residual, adapter, open_other)
+    assert len(plan.shards) > 2
+    beside = Beside(adapter, open_other(parse_ref(plan.fold.original)))
+
+    def course(machine: str):
+        digest = folding_digest(residual, adapter, "me/plain")
+        sink = open_hub_sink("me/plain", token, digest=digest, machine=machine)
+        return carry_out(plan, residual, sink, Runtime(device="cpu", slots=1), beside=beside)
+
+    events = course("here")
+    first = next(event for event in events if isinstance(event, ShardSealed))
+    events.close()
+    assert set(hub.repos["me/plain"].resolve("main").files) <= {".gitattributes"}
+    before = hub.sent_bytes(f"me/pair/{first.shard}")
+
+    resumed = [event for event in course("there") if isinstance(event, ShardSealed)]
+
+    assert [event.resumed for event in resumed if event.shard == first.shard] == [True]
+    assert hub.sent_bytes(f"me/pair/{first.shard}") == before
+    assert set(hub.uploads.finished.values()) == {1}
+    assert list(hub.repos["me/plain"].branches) == ["main"]
+    down = tmp_path / "down"
+    snapshot_download("me/plain", endpoint=hub.endpoint, local_dir=down)
+    fold_to(pair, pair / "pissa_init", tmp_path / "alone")
+    mine, theirs = checksums(down), checksums(tmp_path / "alone")
+    assert mine.keys() - theirs.keys() <= {".gitattributes"} | {
+        path for path in mine if path.startswith(".cache/")
+    }
+    shards = [path for path in theirs if path.endswith(".safetensors")]
+    assert {path: mine[path] for path in shards} == {path: theirs[path] for path in shards}
+    model = transformers.AutoModelForCausalLM.from_pretrained(down)
+    assert model.config.num_hidden_layers == 2

@@ -140,13 +140,17 @@ def test_what_can_never_fit_is_refused_before_any_work(hub, pair, tmp_path):
     assert PLAIN not in hub.repos
 
 
-def test_jobs_of_both_kinds_keep_to_the_budget_of_their_worker(hub, pair, trained, whole, tmp_path):
+def test_jobs_of_both_kinds_keep_to_the_budget_of_their_worker(
+    hub, pair, trained, whole, tmp_path, monkeypatch
+):
     hub.create_repo(PAIR, pair)
     hub.create_repo("me/trained", trained)
     token, log = hub.create_token("me"), tmp_path / "worker.log"
 
-    def run(store: Any, body: Any) -> Job:
-        return wait_for_end(store, store.submit(body, owner="me", hub_token=token)[0].id)
+    monkeypatch.setenv("HF_TOKEN", token)  # the service's own, for jobs that bring none
+
+    def run(store: Any, body: Any, own: str | None) -> Job:
+        return wait_for_end(store, store.submit(body, owner="me", hub_token=own)[0].id)
 
     with embedded_valkey(tmp_path / "data") as url, sampling(tmp_path, "data/scratch") as samples:
         settings = quick_settings(url, tmp_path / "data", tmp_path / "models").model_copy(
@@ -158,9 +162,9 @@ def test_jobs_of_both_kinds_keep_to_the_budget_of_their_worker(hub, pair, traine
             plain = {"ref": f"hf://{PLAIN}", "max_shard_size": SHARD}
             initial = f"hf://{PAIR}/pissa_init"
             back = {"residual": PAIR, "adapter": initial, "output": plain}
-            folded = run(store, PissaToBase(kind="pissa-to-base", **back))
+            folded = run(store, PissaToBase(kind="pissa-to-base", **back), token)
             lora = {"trained": "me/trained", "initial": initial, "output": "hf://me/lora"}
-            made = run(store, PissaToLora(kind="pissa-to-lora", **lora))
+            made = run(store, PissaToLora(kind="pissa-to-lora", **lora), None)
         store.close()
     assert folded.status is Status.SUCCEEDED, folded.error
     assert made.status is Status.SUCCEEDED, made.error
