@@ -25,7 +25,8 @@ def working_bytes(
 
     * always: 2 s m n + 16 (m + n) r for W, R, the triplets and the factors, and three panels.
     * ``auto`` by Krylov, k vectors in a full basis, b = r + max(8, r / 8) a step:
-      4 d (k + 8 b) + 48 k^2, and 4 d^2 + 8192 d more if a Gram matrix may be formed.
+      4 d (k + 8 b) + 48 k^2, or 16 b (m + n) for the vectors of both sides, and
+      4 d^2 + 8192 d more if a Gram matrix may be formed.
     * ``auto`` where r is large against d: 64 d^2 up to d = 512, 32 d^2 above.
     * ``lowrank``: 8 m n for W in float32 (4 if it is stored so), 24 (m + n) r, and what its
       certificate takes, which is a Krylov run of four steps.
@@ -49,7 +50,7 @@ def working_bytes(
 
 def _auto(m: int, n: int, r: int, dtype_bytes: int) -> int:
     d, D = min(m, n), max(m, n)
-    lift = 16 * r * D + 3 * PANEL_BYTES
+    lift = 16 * (r + oversampling(r)) * (D + d) + 3 * PANEL_BYTES
     if not fits_krylov(d, r):
         return max(_gram(d, D) + (64 if d <= 512 else 32) * d * d, lift)
     shape = krylov_shape(d, r)

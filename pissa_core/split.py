@@ -170,7 +170,8 @@ def _complete(
     total = torch.zeros((), dtype=torch.float64, device=W.device)
     exponent = _exponent_for(found.norm)
     for i, j, P in row_panels(M):
-        measured.add(i, j, P)
+        if found.residuals is None:
+            measured.add(i, j, P)
         product = times_transposed(left[i:j], right)
         P.sub_(product, alpha=scaling)
         out[i:j] = P
@@ -180,7 +181,8 @@ def _complete(
             P.sub_(out[i:j])
         rows = torch.linalg.vector_norm(scale_(P, exponent), dim=1).double()
         total += torch.dot(rows, rows)
-    return R, measured.norms(), math.ldexp(math.sqrt(float(total)), -exponent)
+    residuals = measured.norms() if found.residuals is None else found.residuals
+    return R, residuals, math.ldexp(math.sqrt(float(total)), -exponent)
 
 
 def _exponent_for(norm: float) -> int:

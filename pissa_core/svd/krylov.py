@@ -14,6 +14,7 @@ from pissa_core.svd.orth import orthonormal_rows, split_off
 
 _CHEAP_UP_TO = 200  # a problem of this size costs less than a step
 LEAST_STEPS = 3  # before that, what is missing cannot be judged
+EARLY_STEPS = 3  # up to that, a second block of Ritz values tells little
 _SIZES = 128
 _DOUBLE_UP_TO = 256  # a small problem of this size is solved in float64 at no cost to speak of
 GRADED = 1e-4  # theta_r / theta_1 below this: the small problem needs float64 whatever its size
@@ -42,13 +43,15 @@ class Ritz:
 
     Attributes:
         values: (k,) float64, descending, of the whole last basis.
-        vectors: (rank, d) float32, orthonormal rows.
+        vectors: (block, d) float32, orthonormal rows.
+        residuals: (block, d) float32, G v - theta v of each, as the recurrence has it.
         missed: `could_be_missing` of these, and of the step before where members may hide.
         steps: products with the operator that were taken.
     """
 
     values: Tensor
     vectors: Tensor
+    residuals: Tensor
     missed: float
     steps: int
 
@@ -93,26 +96,31 @@ def leading_eigenpairs(
         T[k - b : k, :k] = C[:, :k]
         T[:k, k - b : k] = C[:, :k].t()
         full = k + b > shape.capacity
-        if step >= shape.max_steps or full or step >= solve_at:
+        judged = step >= solve_at or step >= shape.max_steps
+        if judged or full:
             values, S = solve_small(T[:k, :k], rank)
+        if judged:
             couplings = B.t() @ S[k - b :].double()
-            missed = latest = could_be_missing(values, couplings, rank, b)
+            missed = latest = could_be_missing(
+                values, couplings, rank, b, early=step <= EARLY_STEPS
+            )
             confirmed = True
             if may_hide_members(values, rank, b):
                 confirmed = solved_at == step - 1
                 missed = max(latest, before)
             enough = missed <= tolerance and confirmed and step >= LEAST_STEPS
             if enough or step >= shape.max_steps:
-                vectors = torch.mm(S[:, :rank].t().float(), K[:k])
-                return Ritz(values, vectors, missed, step)
+                vectors = torch.mm(S[:, :b].t().float(), K[:k])
+                residuals = torch.mm(couplings[:, :b].t().float(), Q)
+                return Ritz(values, vectors, residuals, missed, step)
             before, solved_at = latest, step
             solve_at = step + _steps_until(latest, tolerance, k)
-            if full:
-                K[: shape.keep] = torch.mm(S[:, : shape.keep].t().float(), K[:k])
-                K[shape.keep :].zero_()
-                T.zero_()
-                T.diagonal()[: shape.keep] = values[: shape.keep]
-                k = shape.keep
+        if full:
+            K[: shape.keep] = torch.mm(S[:, : shape.keep].t().float(), K[:k])
+            K[shape.keep :].zero_()
+            T.zero_()
+            T.diagonal()[: shape.keep] = values[: shape.keep]
+            k = shape.keep
         K[k : k + b] = Q
         k += b
 

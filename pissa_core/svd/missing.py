@@ -7,13 +7,14 @@ from torch import Tensor
 
 RESOLUTION = 4e-6  # share of the energy below which float32 sums of squares say nothing
 _SAFETY = 3.0
-_EARLY = 4  # blocks in a basis below which its second block of values tells little
 _DROP = 0.5  # of a cluster's width: a drop this large ends it
 _TINY = torch.finfo(torch.float64).tiny
 _ROUNDING = 8 * torch.finfo(torch.float32).eps  # of G v, relative to the largest eigenvalue
 
 
-def could_be_missing(values: Tensor, couplings: Tensor, rank: int, block: int) -> float:
+def could_be_missing(
+    values: Tensor, couplings: Tensor, rank: int, block: int, *, early: bool = False
+) -> float:
     """Estimate from above the share of the optimal energy that r Ritz pairs miss.
 
     In the basis of the Ritz vectors G is [[Theta, L^T], [L, H]], where only H, what G does outside
@@ -34,7 +35,8 @@ def could_be_missing(values: Tensor, couplings: Tensor, rank: int, block: int) -
     Error    **an estimate, not a bound**, since delta is not known; given delta it is a bound.
              It is taken as theta_h + rho_h with rho_h = |G v_h - theta_h v_h| and h = 2 block, and
              what could be gained is trebled: members of a cluster that are hidden can lie above
-             those found by a few times the spread that rho measures. h = block in the first steps
+             those found by a few times the spread that rho measures. h = block in the first steps,
+             or `early`, and where fewer than three blocks are known,
              and where `may_hide_members`; that sets delta in the midst of the cluster. In the
              latter case the larger of two steps' estimates counts, too.
              A start of r + 8 Gaussian vectors or more leaves out no direction: the squared share
@@ -53,8 +55,7 @@ def could_be_missing(values: Tensor, couplings: Tensor, rank: int, block: int) -
     total = float(values[:rank].clamp(min=0).sum())
     if total == 0.0:
         return 0.0
-    early = len(values) < _EARLY * block
-    levels = 1 if early or may_hide_members(values, rank, block) else 2
+    levels = 1 if early or len(values) < 3 * block or may_hide_members(values, rank, block) else 2
     head = levels * block - 1
     lengths = torch.linalg.vector_norm(couplings, dim=0)
     delta = values[head] + lengths[head]

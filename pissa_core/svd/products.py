@@ -27,6 +27,15 @@ def _find_onednn() -> _Linear | None:
 _linear = _find_onednn()
 
 
+def _multiplies_bfloat16() -> bool:
+    # Without these instructions oneDNN widens bfloat16 first, and nothing is gained.
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return _linear is not None and any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
+BFLOAT16 = _multiplies_bfloat16()  # whether this CPU multiplies bfloat16 faster than float32
+
+
 def times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """Multiply a (p, k) with the transpose of b (q, k), in float32: a b^T, (p, q).
 

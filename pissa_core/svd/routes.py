@@ -39,7 +39,8 @@ class Products:
     """Products with M^T M: from W, or from a Gram matrix once that has become the cheaper way.
 
     Flops a step for b vectors: 4 D d b from W, 2 d^2 b from the Gram matrix, which costs D d^2
-    once. It is formed at the start where EXPECTED_STEPS steps repay it, and later once the steps
+    once; rough products with W cost half of that, those with the Gram matrix are always in float32.
+    It is formed at the start where EXPECTED_STEPS steps repay it, and later once the steps
     taken have cost as much (then at most twice the best choice made in hindsight was spent).
     """
 
@@ -47,23 +48,33 @@ class Products:
     gram: Tensor | None = None
     spent: float = 0.0
     may_form: bool = True
+    roughly: bool = False
+
+    @property
+    def method(self) -> str:
+        """The name of the route that was taken."""
+        return "krylov" if self.gram is None else "gram-krylov"
 
     def apply(self, X: Tensor) -> Tensor:
         """Return X M^T M."""
         if self.gram is None and self.may_form and self._pays(len(X)):
-            self.gram = self.operator.gram()
+            self.gram = self.operator.gram(roughly=self.roughly)
         if self.gram is not None:
             return times_transposed(X, self.gram)
         self.spent += self._saved(len(X))
-        return self.operator.apply(X)
+        return self.operator.apply_roughly(X) if self.roughly else self.operator.apply(X)
 
     def _saved(self, b: int) -> float:
         D, d = self.operator.long, self.operator.short
         narrow = (b + 10) / b  # skinny products run below full speed
-        return max(0.0, (4 * D * d * b - 2 * d * d * b) * narrow)
+        return max(0.0, (4 * D * d * b * self._price - 2 * d * d * b) * narrow)
+
+    @property
+    def _price(self) -> float:
+        return 0.5 if self.roughly else 1.0
 
     def _pays(self, b: int) -> bool:
         if self.operator.tensor_cores:
             return True  # ten times the speed of float32: cheaper than two steps
-        cost = self.operator.long * self.operator.short**2 * 1.1
+        cost = self.operator.long * self.operator.short**2 * 1.1 * self._price
         return EXPECTED_STEPS * self._saved(b) >= cost or self.spent >= cost

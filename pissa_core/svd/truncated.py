@@ -16,11 +16,12 @@ from pissa_core.svd.krylov import (
     random_start,
     solve_small,
 )
-from pissa_core.svd.missing import RESOLUTION
+from pissa_core.svd.missing import RESOLUTION, could_be_missing
 from pissa_core.svd.operator import Operator, operator_of, scale_
 from pissa_core.svd.orth import orthonormal_rows
 from pissa_core.svd.routes import Products, fits_krylov, krylov_shape, oversampling
 
+NOISE = 1.9e-7  # share of the energy, a rank, that the roundings of rough products may cost
 # Steps of block Krylov from lowrank's own result that show what it missed.
 _STEPS_TO_CERTIFY = 4
 
@@ -39,6 +40,7 @@ class TruncatedSvd:
         optimum: upper estimate of the sum of the r largest sigma^2; see `could_be_missing`.
         exact_side: the side on which the triplets hold to rounding, ``right`` if W Vt^T = U S,
             ``left`` if U^T W = S Vt; the other side's residual bounds the error of S.
+        residuals: (r,) norms of the other side's residuals, where they were needed anyway.
     """
 
     U: Tensor
@@ -48,6 +50,7 @@ class TruncatedSvd:
     norm: float
     optimum: float
     exact_side: str
+    residuals: Tensor | None = None
 
 
 def truncated_svd(
@@ -130,16 +133,57 @@ def _auto(
     if not fits_krylov(d, rank):
         return _by_gram(operator, norm, rank)
     shape = krylov_shape(d, rank)
-    products = Products(operator)
     start = random_start(shape.block, d, generator, device)
+    share = NOISE * rank
+    if operator.has_rough_products and tolerance >= 4 * share:
+        products = Products(operator, roughly=True)
+        aim = (math.sqrt(tolerance) - math.sqrt(share)) ** 2
+        found = leading_eigenpairs(
+            products.apply, start, rank, shape, tolerance=aim, generator=generator
+        )
+        method, products.gram = products.method, None
+        refined, missed = _refined(operator, norm, found, rank, method)
+        if missed <= tolerance:
+            return refined
+        start = found.vectors
+    products = Products(operator)
     found = leading_eigenpairs(
         products.apply, start, rank, shape, tolerance=tolerance, generator=generator
     )
     if found.missed > tolerance:
         return _by_gram(operator, norm, rank)  # out of patience; has not been seen to happen
-    method = "krylov" if products.gram is None else "gram-krylov"
-    products.gram = None
-    return _lifted(operator, norm, found.vectors, method, _optimum(found, rank), found.missed)
+    method, products.gram = products.method, None
+    V = found.vectors[:rank]
+    return _lifted(operator, norm, V, method, _optimum(found, rank), found.missed)
+
+
+def _refined(
+    operator: Operator, norm: float, found: Ritz, rank: int, method: str
+) -> tuple[TruncatedSvd, float]:
+    """Turn Ritz vectors of rough products into triplets in float32, and say what they miss.
+
+    The residuals of the triplets are measured. They are those of the recurrence, of which
+    `found.missed` tells, and what rounding added, of which `could_be_missing` tells; since both
+    are squares of lengths that add up, their roots do, too.
+    """
+    short, s, long, u = _triplets(operator, found.vectors)
+    sizes = s.float()[:, None]
+    rest = operator.drop(long).sub_(sizes * short)
+    added = rest * sizes - torch.mm(u.t().float(), found.residuals)
+    by_rounding = could_be_missing(s.square(), _coordinates(added), rank, len(s), early=True)
+    missed = (math.sqrt(found.missed) + math.sqrt(by_rounding)) ** 2
+    optimum = _energy(s[:rank]) / (1 - missed)
+    residuals = torch.linalg.vector_norm(rest[:rank], dim=1)
+    S = s[:rank].float()
+    U, Vt, side = _sides(operator, short[:rank], long[:rank])
+    return TruncatedSvd(U, S, Vt, method, norm, optimum, side, residuals), missed
+
+
+def _coordinates(rows: Tensor) -> Tensor:
+    """Return rows (b, d) as columns (b, b) in an orthonormal basis of the space they span."""
+    squares, E = torch.linalg.eigh(torch.mm(rows, rows.t()).double())
+    coordinates: Tensor = squares.clamp(min=0).sqrt()[:, None] * E.t()
+    return coordinates
 
 
 def _by_gram(operator: Operator, norm: float, rank: int) -> TruncatedSvd:
@@ -159,15 +203,23 @@ def _lifted(
     captured energy ||M V^T||_F^2 is the sum of S^2, to rounding. It may come out above what a
     Gram matrix said, whose sums are rounded, too; what is `missed` is missed of that, then.
     """
+    short, s, long, _ = _triplets(operator, V)
+    U, Vt, side = _sides(operator, short, long)
+    optimum = max(optimum, _energy(s) / (1 - missed))
+    return _rescaled(operator, U, s.float(), Vt, method, norm, optimum, side)
+
+
+def _triplets(operator: Operator, V: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return short (r, d), s (r,) float64, long (r, D) and u (r, r) with short = u^T V."""
     generator = torch.Generator().manual_seed(0)  # asked only where rows of M V^T are zero
     V, _ = orthonormal_rows(V, generator)
     Q, L = orthonormal_rows(operator.lift(V), generator)
     u, s, wt = torch.linalg.svd(L)
-    short, long = torch.mm(u.t().float(), V), torch.mm(wt.float(), Q)
-    U, Vt = (long.t(), short) if operator.tall else (short.t(), long)
-    side = "right" if operator.tall else "left"
-    optimum = max(optimum, _energy(s) / (1 - missed))
-    return _rescaled(operator, U, s.float(), Vt, method, norm, optimum, side)
+    return torch.mm(u.t().float(), V), s, torch.mm(wt.float(), Q), u
+
+
+def _sides(operator: Operator, short: Tensor, long: Tensor) -> tuple[Tensor, Tensor, str]:
+    return (long.t(), short, "right") if operator.tall else (short.t(), long, "left")
 
 
 def _rescaled(

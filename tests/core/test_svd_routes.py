@@ -9,7 +9,7 @@ from spectra import SPECTRA, bulk, missed_energy, with_spectrum
 from pissa_core.svd import truncated_svd
 from pissa_core.svd.operator import Operator, operator_of, scale_
 from pissa_core.svd.orth import orthonormal_rows, split_off
-from pissa_core.svd.products import times_transposed
+from pissa_core.svd.products import BFLOAT16, times_transposed
 from pissa_core.svd.routes import Products
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +48,63 @@ def test_the_operator_is_w(W: torch.Tensor, exponent: int) -> None:
     assert operator.norm() == pytest.approx(size, rel=1e-5)
 
 
+needs_bfloat16 = pytest.mark.skipif(not BFLOAT16, reason="this CPU does not multiply bfloat16")
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("shape", [(1300, 520), (520, 1300), (300, 300), (5, 90)])
+@pytest.mark.parametrize("stored", ["by rows", "by columns"])
+def test_rough_products_are_rounded_and_no_more(shape: tuple[int, int], stored: str) -> None:
+    W = bulk(*shape).bfloat16()
+    W = W if stored == "by rows" else W.t().contiguous().t()
+    operator = Operator(W)
+    assert operator.has_rough_products
+    X = torch.randn(5, operator.short, generator=torch.Generator().manual_seed(0))
+    for rough, exact in (
+        (operator.apply_roughly(X), operator.apply(X)),
+        (operator.gram(roughly=True), operator.gram()),
+    ):
+        assert rough.dtype == torch.float32
+        assert 0 < float((rough - exact).norm() / exact.norm()) < 2.0**-8
+
+
+def test_rough_products_are_for_bfloat16_that_needs_no_scaling() -> None:
+    W = bulk(50, 40).float()
+    assert not Operator(W).has_rough_products
+    assert not Operator(W.half()).has_rough_products
+    assert not Operator(W.bfloat16(), 3).has_rough_products
+
+
+def test_images_on_the_shorter_side() -> None:
+    for W in (bulk(700, 300).float(), bulk(300, 700).bfloat16(), bulk(300, 700).float().t()):
+        operator = Operator(W)
+        M = W.double() if W.shape[0] >= W.shape[1] else W.double().t()
+        Y = torch.randn(4, operator.long, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(operator.drop(Y).double(), Y.double() @ M, rtol=1e-4, atol=1e-4)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("shape", [(900, 700), (700, 900)])
+def test_what_roundings_spoil_is_noticed_and_mended(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rough products a hundred times rougher than bfloat16's: no triplet of theirs may be certified.
+    noise = torch.Generator().manual_seed(0)
+    plain = Operator.apply_roughly
+
+    def spoilt(self: Operator, X: torch.Tensor) -> torch.Tensor:
+        Z = plain(self, X)
+        return Z + 0.3 * Z.norm() / Z.numel() ** 0.5 * torch.randn(Z.shape, generator=noise)
+
+    W = SPECTRA["heavy tail over a bulk"](*shape, 8).bfloat16()
+    good = truncated_svd(W, 8, method="auto", tolerance=1e-4, niter=0, seed=0)
+    monkeypatch.setattr(Operator, "apply_roughly", spoilt)
+    found = truncated_svd(W, 8, method="auto", tolerance=1e-4, niter=0, seed=0)
+    assert good.residuals is not None
+    assert found.residuals is None
+    assert missed_energy(W, found.U, found.S, found.Vt) <= 1e-4
+
+
 def test_the_product_is_the_product() -> None:
     generator = torch.Generator().manual_seed(0)
     for p, k, q in ((1, 1, 1), (3, 7, 5), (16, 300, 64), (0, 4, 3), (4, 0, 3)):
@@ -60,9 +117,10 @@ def test_the_product_is_the_product() -> None:
         )
 
 
-def test_an_unaligned_matrix_gives_the_bytes_of_an_aligned_one() -> None:
-    W = bulk(600, 400).float()
-    memory = torch.empty(W.numel() + 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unaligned_matrix_gives_the_bytes_of_an_aligned_one(dtype: torch.dtype) -> None:
+    W = bulk(600, 400).to(dtype)
+    memory = torch.empty(W.numel() + 1, dtype=dtype)
     shifted = memory[1:].view(600, 400).copy_(W)
     assert shifted.data_ptr() % 64 != W.data_ptr() % 64
     wishes = {"method": "auto", "tolerance": 1e-4, "niter": 0, "seed": 0}
