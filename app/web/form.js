@@ -3,42 +3,9 @@
 import * as api from "./api.js";
 import { $, dotted, el, figures, notify } from "./dom.js";
 import * as format from "./format.js";
+import { fieldOf, readForm, showKind } from "./kinds.js";
 
-const FIELD_OF = { model: "model", output: "output", rank: "rank", target_modules: "targets" };
 const ROWS_SHOWN = 200;
-const REGEX = /[\\^$.|?*+()[\]{}]/;
-
-/** all-linear and regular expressions stay strings; names with commas become a list. */
-function targets(text) {
-  if (text === "all-linear" || (REGEX.test(text) && !text.includes(","))) return text;
-  return text.split(",").map((name) => name.trim()).filter(Boolean);
-}
-
-function readForm() {
-  const config = {};
-  const rank = $("rank").value.trim();
-  if (rank) config.rank = Number(rank);
-  if ($("targets").value.trim()) config.target_modules = targets($("targets").value.trim());
-  const advanced = $("advanced").value.trim();
-  const body = { kind: "base-to-pissa", model: $("model").value.trim() };
-  body.pissa = advanced ? { ...config, ...parseAdvanced(advanced) } : config;
-  const output = $("output").value.trim();
-  if (output) body.output = output;
-  return body;
-}
-
-function parseAdvanced(text) {
-  let value;
-  try {
-    value = JSON.parse(text);
-  } catch (error) {
-    throw Object.assign(new Error(`not JSON: ${error.message}`), { field: "advanced" });
-  }
-  if (value === null || typeof value !== "object" || Array.isArray(value)) {
-    throw Object.assign(new Error("an object in braces is needed"), { field: "advanced" });
-  }
-  return value;
-}
 
 function clearErrors() {
   notify(null);
@@ -61,8 +28,7 @@ function showErrors(error) {
   let first = null;
   for (const { loc, msg } of error.errors ?? []) {
     const path = loc.slice(1);
-    const inConfig = path[0] === "pissa";
-    const field = FIELD_OF[path[inConfig ? 1 : 0]] ?? (inConfig ? "advanced" : null);
+    const field = fieldOf(path);
     if (!field) continue;
     markField(field, field === "advanced" ? `${path.slice(1).join(".")}: ${msg}` : msg);
     first ??= field;
@@ -123,6 +89,12 @@ function planView(plan) {
 }
 
 export function setUpForm(onSubmitted) {
+  $("kind").addEventListener("change", () => {
+    clearErrors();
+    $("plan").replaceChildren();
+    showKind();
+  });
+  showKind(); // a browser may restore what was chosen before
   // One key for one filled form: a second press, or a lost answer, makes no second job.
   let key = newKey();
   let sent = "";
@@ -130,7 +102,6 @@ export function setUpForm(onSubmitted) {
     event.preventDefault();
     whileBusy($("submit"), "Submitting…", async () => {
       const body = readForm();
-      if (!body.model) throw Object.assign(new Error("which model?"), { field: "model" });
       if (sent && sent !== JSON.stringify(body)) key = newKey();
       sent = JSON.stringify(body);
       const job = await api.submit(body, $("hub-token").value, key);
@@ -144,7 +115,6 @@ export function setUpForm(onSubmitted) {
     whileBusy($("preview"), "Planning…", async () => {
       $("plan").replaceChildren();
       const body = readForm();
-      if (!body.model) throw Object.assign(new Error("which model?"), { field: "model" });
       $("plan").replaceChildren(...planView(await api.plan(body, $("hub-token").value)));
     });
   });

@@ -188,6 +188,56 @@ def test_a_refusal_stands_at_its_field(home, browser):
     assert complaints(browser) == []
 
 
+WORDS = {
+    "pissa-to-lora": {"trained": "me/trained", "initial": "me/initial", "output": "me/lora"},
+    "pissa-to-base": {"residual": "me/pair", "adapter": "me/trained", "output": "me/plain"},
+    "verify": {"original": "org/name", "converted": "me/pair"},
+}
+
+
+def choose(browser, kind):
+    browser.find_element(By.CSS_SELECTOR, f"#kind option[value={kind}]").click()
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_every_other_kind_has_its_form(home, browser, store, kind):
+    browser.get(home)
+    fill(browser, model="org/forgotten")
+    choose(browser, kind)
+    assert not browser.find_element(By.ID, "model").is_displayed()
+    assert not browser.find_element(By.ID, "preview").is_displayed()
+    press(browser, "Submit job")
+    needed = next(iter(WORDS[kind]))
+    wait_for(browser, f"#{needed}-error", "which ")
+    fill(browser, **WORDS[kind])
+    if kind == "pissa-to-lora":
+        fill(browser, **{"lora-rank": "0"})
+        press(browser, "Submit job")
+        wait_for(browser, "#lora-rank-error", "greater than or equal to 1")
+        fill(browser, **{"lora-rank": "8", "tolerance": "0.25"})
+        browser.find_element(By.ID, "uniform").click()
+    press(browser, "Submit job")
+    request = store.get(submitted_job(browser)).request
+    assert request["kind"] == kind
+    output = request.pop("output", None)
+    assert (output and output["ref"]) == WORDS[kind].get("output")
+    for name in WORDS[kind].keys() - {"output"}:
+        assert request[name] == WORDS[kind][name]
+    assert "model" not in request
+    if kind == "pissa-to-lora":
+        assert request["lora"] == {"rank": 8, "tolerance": 0.25, "uniform": True}
+    assert complaints(browser) == []
+
+
+def test_a_verification_s_verdict_is_shown(home, browser, worker):
+    body = {"kind": "verify", "original": "org/name", "converted": "me/pair"}
+    job_id = httpx2.post(f"{home}/v1/jobs", json=body).json()["id"]
+    worker.verify(job_id, passed=False)
+    browser.get(f"{home}/#/jobs/{job_id}")
+    wait_for(browser, ".detail .figures", "not passed")
+    assert complaints(browser) == []
+
+
 def test_a_plan_is_previewed(home, browser, worker, store):
     browser.get(home)
     fill(browser, model="org/name")
