@@ -15,11 +15,12 @@ from typing import NoReturn
 
 import click
 
-from app.cli.client import cancel, delete, jobs, resume, submit, watch
+from app.cli.client import cancel, delete, jobs, resume, watch
 from app.cli.errors import ExitStatus, report
 from app.cli.fetch import fetch
 from app.cli.local import convert, plan, to_base, verify
 from app.cli.service import serve, worker
+from app.cli.submission import submit
 from app.cli.to_lora import to_lora
 
 DEBUG = "--debug"

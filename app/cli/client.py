@@ -1,9 +1,8 @@
-"""`pissa submit`, `jobs`, `watch`, `cancel`, `resume`, `delete`: talking to a service."""
+"""`pissa jobs`, `watch`, `cancel`, `resume`, `delete`: talking to a service."""
 
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,14 +10,11 @@ from typing import Any
 import click
 
 from app.cli import tables
-from app.cli.errors import ServiceUnreachable, on_interrupt
+from app.cli.errors import ExitStatus, on_interrupt
 from app.cli.http import Service, job_path
-from app.cli.options import config_options, job_argument, json_option, max_shard_size_option
-from app.cli.outputs import output_options, refuse, required_output
+from app.cli.options import job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display
 from pissa_core.errors import CheckpointError, PissaError, TargetError, error_from
-from pissa_core.refs import parse_ref
-from pissa_core.spec import parse_config
 from worker.contract import LONGEST_PAGE
 
 POLL_S = 0.5
@@ -28,50 +24,6 @@ PATIENCE_S = 60.0
 PASSING = ("service_unreachable", "store_unavailable", "too_many_requests")
 NO_WORKER = "queued, and no worker is there yet"
 FINAL = ("succeeded", "failed", "cancelled")
-
-
-@click.command()
-@click.argument("model")
-@click.option("--out", metavar="REF", help="Where the result goes; else the service keeps it.")
-@max_shard_size_option
-@output_options
-@config_options
-@click.option("--wait", is_flag=True, help="Follow the job to its end; exit 1 if it fails.")
-@json_option
-def submit(
-    *,
-    model: str,
-    out: str | None,
-    max_shard_size: int | None,
-    publish: dict[str, Any],
-    pissa: dict[str, Any],
-    wait: bool,
-    as_json: bool,
-) -> None:
-    """Submit a job that converts MODEL.
-
-    Prints the job's id.
-    Local folders are the service's: relative ones start at its PISSA_LOCAL_ROOT.
-    """
-    parse_ref(model)
-    parse_config(pissa)
-    body: dict[str, Any] = {"kind": "base-to-pissa", "model": model, "pissa": pissa}
-    if out is not None:
-        required_output(out, publish)
-        sized = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        body["output"] = {"ref": out, **publish, **sized} if publish or sized else out
-    elif publish:
-        refuse(publish)
-    elif max_shard_size is not None:
-        raise click.UsageError("--max-shard-size is about the output; name one with --out")
-    service = Service.from_environment()
-    job = _post_once(service, body)
-    if not wait:
-        tables.print_json(job) if as_json else print(job["id"])
-        return
-    if not as_json:
-        print(job["id"], flush=True)
-    _follow_and_print(service, job["id"], as_json=as_json)
 
 
 @click.command()
@@ -98,7 +50,7 @@ def jobs(*, status: str | None, limit: int, after: str | None, as_json: bool) ->
 @json_option
 def watch(*, job_id: str, as_json: bool) -> None:
     """Follow a job to its end; exit 1 if it fails or is cancelled."""
-    _follow_and_print(Service.from_environment(), job_id, as_json=as_json)
+    follow_and_print(Service.from_environment(), job_id, as_json=as_json)
 
 
 @click.command()
@@ -134,15 +86,6 @@ def delete(*, job_id: str) -> None:
     print(f"{job_id}  deleted")
 
 
-def _post_once(service: Service, body: Mapping[str, Any]) -> dict[str, Any]:
-    """Submit a job; where only the answer was lost on the way, asking again makes no second one."""
-    key = {"Idempotency-Key": str(uuid.uuid4())}
-    try:
-        return service.post("v1/jobs", body, headers=key, with_hub_token=True)
-    except ServiceUnreachable:
-        return service.post("v1/jobs", body, headers=key, with_hub_token=True)
-
-
 def _print_state(job: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         tables.print_json(job)
@@ -150,18 +93,34 @@ def _print_state(job: Mapping[str, Any], as_json: bool) -> None:
         print(f"{job['id']}  {job['status']}")
 
 
-def _follow_and_print(service: Service, job_id: str, *, as_json: bool) -> None:
+def follow_and_print(service: Service, job_id: str, *, as_json: bool) -> None:
+    """Follow a job to its end and print how it ended.
+
+    Raises:
+        PissaError: if it failed or was cancelled.
+        Exit: with status 1, if what was to be verified did not pass.
+    """
     message = f"interrupted: the job goes on; `pissa watch {job_id}` follows it again"
     with on_interrupt(message), display() as shown:
         job = follow(service, job_id, shown)
     if as_json:
         tables.print_json(job)
     elif job["status"] == "succeeded":
-        tables.print_result(job["result"])
-        if not str(job["result"]["output"]).startswith("hf://"):
-            print(f"\nthe files: pissa fetch {job_id} DIR")
+        _print_result(job)
     if job["status"] != "succeeded":
         raise _failure(job)
+    if job["result"].get("passed") is False:
+        raise click.exceptions.Exit(ExitStatus.FAILED)
+
+
+def _print_result(job: Mapping[str, Any]) -> None:
+    result = job["result"]
+    if result.get("passed") is not None:
+        tables.print_verdict(result)
+        return
+    tables.print_result(result)
+    if not str(result["output"]).startswith("hf://"):
+        print(f"\nthe files: pissa fetch {job['id']} DIR")
 
 
 def follow(service: Service, job_id: str, shown: Display) -> dict[str, Any]:

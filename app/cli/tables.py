@@ -118,6 +118,21 @@ def print_result(result: Mapping[str, Any]) -> None:
     print_facts(facts)
 
 
+def print_verdict(result: Mapping[str, Any]) -> None:
+    """Print the verdict of a verification that a service made; its manifest is the report."""
+    facts = {
+        "verdict": "passed" if result["passed"] else "NOT PASSED",
+        "matrices": str(result["matrices"]),
+        "faults": str(result["faults"]),
+    }
+    if result.get("max_recombination_error") is not None:
+        facts["largest recombination error"] = f"{result['max_recombination_error']:.3g}"
+    if result.get("seconds") is not None:
+        facts["time"] = duration(result["seconds"])
+    facts["report"] = result["manifest"]
+    print_facts(facts)
+
+
 def print_folded(result: Mapping[str, Any]) -> None:
     """Print the result of a fold."""
     facts = {"output": result["output"], "matrices": str(result["matrices"])}

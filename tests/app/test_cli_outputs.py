@@ -6,8 +6,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from app.cli.client import submit
 from app.cli.local import convert
+from app.cli.submission import submit
 from pissa_core.errors import InvalidReference
 from pissa_core.refs import HubRef, parse_output
 
