@@ -22,6 +22,7 @@ from pissa_core.plan import Plan
 from pissa_core.refs import parse_ref
 from pissa_core.spec import parse_config
 from pissa_core.verify.case import Case
+from worker.bounds import ABSURD, bound_planning
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     asked = json.loads(sys.stdin.buffer.readline())
+    bound_planning()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with answer_to:
         json.dump(_answer(asked), answer_to)
@@ -45,8 +47,12 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
     except PissaError as error:
         traceback.print_exc()
         return {"error": error.as_dict()}
-    except MemoryError:
-        return {"error": OutOfMemory("memory ran out while planning").as_dict()}
+    except (MemoryError, RuntimeError) as error:
+        from pissa_core.decompose import ran_out_of_memory
+
+        if not ran_out_of_memory(error):
+            raise
+        return {"error": OutOfMemory("memory ran out while planning", hint=ABSURD).as_dict()}
 
 
 def _make(asked: dict[str, Any]) -> Plan | Case:

@@ -65,6 +65,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
+LONGEST = 2000
+"""Characters of a message that are kept."""
+
 
 class PissaError(Exception):
     """An error with a stable ``code``, a sentence, and perhaps a hint of what to try."""
@@ -73,6 +76,9 @@ class PissaError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
+        # What a stranger's file holds may be quoted, and have any length.
+        if len(message) > LONGEST:
+            message = f"{message[:LONGEST]}…"
         super().__init__(message)
         self.message = message
         self.hint = hint

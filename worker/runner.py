@@ -7,6 +7,7 @@ import logging
 import structlog
 
 from pissa_core.errors import OutOfMemory, PissaError
+from worker.bounds import ABSURD
 from worker.errors import StoreUnavailable
 from worker.holding import Hold, Stopped
 from worker.processes import holder_id, reset_peak_memory
@@ -56,13 +57,17 @@ def _work(context: Context, claim: Claim) -> None:
         context.tasks.release(claim)
     except PissaError as error:
         _settle(context, claim, error)
-    except MemoryError as error:
-        logger.exception("memory ran out")
-        _settle(context, claim, _out_of_memory(claim, error))
-    except Exception:
+    except Exception as error:
         # Somebody else's fault, and the user's text must hold nothing of it: the log has it all.
-        logger.exception("an error that nobody foresaw")
-        _settle(context, claim, _internal(claim))
+        out_of_memory = _ran_out_of_memory(error)
+        logger.exception("memory ran out" if out_of_memory else "an error that nobody foresaw")
+        _settle(context, claim, _out_of_memory(claim) if out_of_memory else _internal(claim))
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    from pissa_core.decompose import ran_out_of_memory
+
+    return ran_out_of_memory(error)
 
 
 def _settle(context: Context, claim: Claim, error: PissaError) -> None:
@@ -85,8 +90,9 @@ def _internal(claim: Claim) -> PissaError:
     )
 
 
-def _out_of_memory(claim: Claim, error: MemoryError) -> OutOfMemory:
+def _out_of_memory(claim: Claim) -> OutOfMemory:
+    planning = claim.task in ("prepare", "plan")
     return OutOfMemory(
         f"memory ran out while the worker was at {claim.task}",
-        hint="use fewer slots, or a machine with more memory",
+        hint=ABSURD if planning else "use fewer slots, or a machine with more memory",
     )

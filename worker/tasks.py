@@ -38,11 +38,14 @@ def plan(plan_id: str) -> None:
 
 def _carry_out(job_id: str, task: str) -> None:
     # Imported late: a node's parent process loads what its children need before it forks.
+    from worker.bounds import bound_planning
     from worker.processes import choose_to_die_first
     from worker.runner import carry_out
     from worker.wiring import context
 
     choose_to_die_first()
+    if task in ("prepare", "plan"):
+        bound_planning()
     carry_out(context(), job_id, task)
 
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pissa_core.errors import HeaderInvalid, UnsupportedAdapter
+from pissa_core.errors import UnsupportedAdapter
 from pissa_core.layout import TensorInfo, read_header
+from pissa_core.layout.jsonfile import LARGEST_CONFIG, read_object
 from pissa_core.openfile import CHUNK
 from pissa_core.ports import CheckpointSource
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_LARGEST_CONFIG = 16 << 20
 
 DECOMPOSES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How the values of `init_lora_weights` begin that make PEFT change the base when it loads."""
@@ -50,7 +49,7 @@ def read_adapter(source: CheckpointSource, folder: str = "") -> Adapter:
         raise UnsupportedAdapter(
             f"{source.ref} holds no adapter: it has no {config_path}", hint=_found_instead(files)
         )
-    config = _read_config(source, config_path)
+    config = read_object(source, config_path, LARGEST_CONFIG)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise UnsupportedAdapter(
@@ -86,22 +85,6 @@ def decomposes(config: Mapping[str, Any]) -> bool:
     """Whether PEFT, loading an adapter with this config, would decompose the base once more."""
     init = config.get("init_lora_weights")
     return isinstance(init, str) and init.lower().startswith(DECOMPOSES)
-
-
-def _read_config(source: CheckpointSource, path: str) -> dict[str, Any]:
-    size = source.files()[path].size
-    if size > _LARGEST_CONFIG:
-        raise HeaderInvalid(f"{path} holds {size} bytes; at most {_LARGEST_CONFIG} are read")
-    try:
-        config = json.loads(source.read(path).decode())
-    except (ValueError, RecursionError) as error:
-        raise HeaderInvalid(
-            f"{path} of {source.ref} is not valid JSON ({str(error)[:200]})",
-            hint="save the adapter again",
-        ) from error
-    if not isinstance(config, dict):
-        raise HeaderInvalid(f"{path} of {source.ref} holds a JSON {type(config).__name__}")
-    return config
 
 
 def _found_instead(files: Mapping[str, object]) -> str:

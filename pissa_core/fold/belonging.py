@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,12 @@ from pissa_core.errors import (
     WrongBase,
 )
 from pissa_core.fold.adapter import CONFIG, WEIGHTS, Adapter, checksum, decomposes
+from pissa_core.layout.jsonfile import (
+    LARGEST_CONFIG,
+    LARGEST_MANIFEST,
+    MOST_IN_A_MANIFEST,
+    read_object,
+)
 from pissa_core.plan import Matrix
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import HubRef, Ref, parse_ref
@@ -25,7 +30,6 @@ from pissa_core.refs import HubRef, Ref, parse_ref
 MANIFEST = "pissa_manifest.json"
 INITIAL = "pissa_init"
 RESIDUAL_KIND = "base-to-pissa"
-_LARGEST_MANIFEST = 1 << 30
 
 Open = Callable[[Ref], CheckpointSource]
 """Opens a reference that a file names; raises PissaError if that is not possible here."""
@@ -56,19 +60,16 @@ def read_manifest(source: CheckpointSource) -> dict[str, Any] | None:
     Raises:
         HeaderInvalid: if it is no manifest.
     """
-    info = source.files().get(MANIFEST)
-    if info is None:
+    if MANIFEST not in source.files():
         return None
     try:
-        if info.size > _LARGEST_MANIFEST:
-            raise ValueError(f"{info.size} bytes are too many")
-        manifest = json.loads(source.read(MANIFEST).decode())
+        manifest = read_object(source, MANIFEST, LARGEST_MANIFEST, most=MOST_IN_A_MANIFEST)
         shaped = isinstance(manifest["files"], dict) and isinstance(manifest["matrices"], list)
         if not shaped or not isinstance(manifest["source"]["ref"], str):
             raise ValueError("it lacks files, matrices or source")
         {row["module"]: (row["rank"] + 0, row["scaling"] + 0) for row in manifest["matrices"]}
         {path: info["sha256"] for path, info in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (HeaderInvalid, ValueError, KeyError, TypeError) as error:
         raise HeaderInvalid(
             f"{MANIFEST} of {source.ref} is damaged ({type(error).__name__}: {str(error)[:200]})",
             hint="`pissa verify` tells what else is; without the file the model is taken as it is",
@@ -208,9 +209,9 @@ def _knows_itself_as(residual: CheckpointSource) -> tuple[object, object]:
     if path not in residual.files():
         return (None, None)
     try:
-        config = json.loads(residual.read(path).decode())
+        config = read_object(residual, path, LARGEST_CONFIG)
         return config["base_model_name_or_path"], config.get("revision")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (HeaderInvalid, KeyError):
         return (None, None)
 
 

@@ -6,7 +6,6 @@ number in a weight, is found here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pissa_core.errors import (
     UnsafePath,
 )
 from pissa_core.layout.header import Shard, TensorInfo, encodable, read_header
+from pissa_core.layout.jsonfile import LARGEST_CONFIG, LARGEST_INDEX, read_object
 from pissa_core.layout.sidefiles import CARD, OWN_NAMES, is_other_weights, sort_out
 from pissa_core.ports import CheckpointSource
 
@@ -31,9 +31,6 @@ INDEX = "model.safetensors.index.json"
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 
-_LARGEST_CONFIG = 16 << 20
-_LARGEST_INDEX = 256 << 20
-_MOST_INDEXED = 1_000_000
 _READERS = 8  # headers read at a time; a Hub answers each in a tenth of a second
 _INDEX_HINT = "download the checkpoint again, or save it again with save_pretrained"
 _QUANTIZED_KEYS = ("quantization_config", "compression_config")
@@ -106,7 +103,7 @@ def read_layout(source: CheckpointSource) -> Layout:
 def _read_config(source: CheckpointSource) -> dict[str, Any] | None:
     if CONFIG not in source.files():
         return None
-    return _read_object(source, CONFIG, _LARGEST_CONFIG)
+    return read_object(source, CONFIG, LARGEST_CONFIG)
 
 
 def _find_weights(source: CheckpointSource, config: Mapping[str, Any] | None) -> str:
@@ -170,7 +167,7 @@ def _is_weights(path: str) -> bool:
 
 
 def _read_index(source: CheckpointSource, index: str) -> dict[str, str]:
-    content = _read_object(source, index, _LARGEST_INDEX)
+    content = read_object(source, index, LARGEST_INDEX)
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderInvalid(f"{index} has no weight_map, or an empty one", hint=_INDEX_HINT)
@@ -252,24 +249,6 @@ def _refuse_quantized_tensors(shards: tuple[Shard, ...]) -> None:
                     "have",
                     hint="PiSSA splits full-precision weights; name the model this was made from",
                 )
-
-
-def _read_object(source: CheckpointSource, path: str, largest: int) -> dict[str, Any]:
-    size = source.files()[path].size
-    if size > largest:
-        raise HeaderInvalid(f"{path} holds {size} bytes; at most {largest} are read")
-    content = source.read(path)
-    if content.count(b":") > 4 * _MOST_INDEXED or content.count(b",") > 4 * _MOST_INDEXED:
-        raise HeaderInvalid(f"{path} has more than {_MOST_INDEXED} entries")
-    try:
-        value = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise HeaderInvalid(
-            f"{path} is not valid JSON ({str(error)[:200]})", hint="download or save it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise HeaderInvalid(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
 
 
 def _check_named_path(path: str, where: str) -> None:

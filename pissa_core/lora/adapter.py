@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -11,13 +10,13 @@ from typing import Any
 
 from pissa_core.errors import HeaderInvalid, NoSafetensors, UnsupportedAdapter, UnsupportedDtype
 from pissa_core.layout.header import TensorInfo, read_header
+from pissa_core.layout.jsonfile import LARGEST_CONFIG, read_object
 from pissa_core.lora.patterns import value_for
 from pissa_core.ports import CheckpointSource
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 DTYPES = ("F32", "F16", "BF16")
-LARGEST_CONFIG = 16 << 20
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"^(.+)\.(lora_A|lora_B)\.weight$|^(.+)\.(lora_embedding_A|lora_embedding_B)$")
@@ -146,26 +145,6 @@ def read_config(source: CheckpointSource) -> dict[str, Any]:
             hint="save the adapter with safe_serialization, PEFT's default",
         )
     return read_object(source, CONFIG, LARGEST_CONFIG)
-
-
-def read_object(source: CheckpointSource, path: str, largest: int) -> dict[str, Any]:
-    """Read a JSON object of at most `largest` bytes.
-
-    Raises:
-        HeaderInvalid: if it is larger, or no JSON object.
-    """
-    size = source.files()[path].size
-    if size > largest:
-        raise HeaderInvalid(
-            f"{path} of {source.ref} holds {size} bytes; at most {largest} are read"
-        )
-    try:
-        found = json.loads(source.read(path))
-    except (ValueError, RecursionError) as error:
-        raise HeaderInvalid(f"{path} of {source.ref} is not JSON: {str(error)[:200]}") from error
-    if not isinstance(found, dict):
-        raise HeaderInvalid(f"{path} of {source.ref} is not a JSON object")
-    return found
 
 
 def _refuse_unsupported(ref: str, config: Mapping[str, Any]) -> None:

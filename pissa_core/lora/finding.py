@@ -19,13 +19,13 @@ from pissa_core.errors import (
     OutsideLocalRoot,
     WrongBase,
 )
-from pissa_core.lora.adapter import CONFIG, read_config, read_object
+from pissa_core.layout.jsonfile import LARGEST_MANIFEST, MOST_IN_A_MANIFEST, read_object
+from pissa_core.lora.adapter import CONFIG, read_config
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref
 
 INITIAL = "pissa_init"
 MANIFEST = "pissa_manifest.json"
-_LARGEST_MANIFEST = 256 << 20
 _HINT = "name the initial adapter (--initial, in REST initial)"
 
 Opener = Callable[[Ref], CheckpointSource]
@@ -147,7 +147,7 @@ def _manifest_of(source: CheckpointSource) -> Mapping[str, Any] | None:
     if MANIFEST not in source.files():
         return None
     try:
-        manifest = read_object(source, MANIFEST, _LARGEST_MANIFEST)
+        manifest = read_object(source, MANIFEST, LARGEST_MANIFEST, most=MOST_IN_A_MANIFEST)
     except HeaderInvalid:
         return None
     return manifest if manifest.get("kind") == "base-to-pissa" else None

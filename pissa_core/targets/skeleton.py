@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging as transformers_logging
 
-from pissa_core.errors import UnsupportedArchitecture
+from pissa_core.errors import PissaError, UnsupportedArchitecture
 from pissa_core.targets.checkpoint_tree import build_from_keys
 from pissa_core.targets.resolve import NamesFrom
 
@@ -36,6 +37,7 @@ _DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"} | 
     f"{part}{side}_layers" for part in ("", "num_") for side in ("encoder", "decoder")
 }
 """How configs spell the number of layers."""
+_MODULES, _MODULES_A_TENSOR = 50_000, 100  # more than any class has, dropouts and all
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ def build_skeleton(layout: Layout) -> Skeleton:
     known = _known_class(layout, named)
     if known is None:
         return Skeleton(build_from_keys(layout, named), named, "checkpoint keys")
-    model = _build(known, _read_config(known, layout))
+    model = _build(known, _read_config(known, layout), len(layout.tensors))
     return Skeleton(model, known.__name__, "transformers")
 
 
@@ -76,6 +78,8 @@ def _named_class(config: Mapping[str, Any]) -> str | None:
 def _known_class(layout: Layout, named: str | None) -> type[PreTrainedModel] | None:
     """Return the model's class if transformers has it; never a checkpoint's own code."""
     model_type = layout.config.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise UnsupportedArchitecture(f"config.json: model_type is {model_type!r}, not a string")
     if model_type is not None and model_type not in CONFIG_MAPPING:
         return None
     if named is None and model_type is not None:
@@ -111,6 +115,8 @@ def _read_config(model_class: type[PreTrainedModel], layout: Layout) -> Pretrain
         (Path(folder) / "config.json").write_text(json.dumps(dict(layout.config)))
         try:
             config = reader.from_pretrained(folder, trust_remote_code=False)
+        except (MemoryError, PissaError):
+            raise
         except Exception as error:
             raise UnsupportedArchitecture(
                 f"config.json is no config of {model_type or model_class.__name__}: "
@@ -136,7 +142,9 @@ def _check_depth(config: Mapping[str, Any], tensors: int) -> None:
             )
 
 
-def _build(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+def _build(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: int
+) -> PreTrainedModel:
     """Build the model as `from_pretrained` does before it loads any weight."""
     try:
         config._attn_implementation = "eager"
@@ -146,16 +154,41 @@ def _build(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreT
             torch.float32, is_quantized=False, _is_ds_init_called=False, allow_all_kernels=None
         )
         with contextlib.ExitStack() as stack:
-            for context in (quiet(), *contexts, no_init_weights()):
+            for context in (quiet(), *contexts, no_init_weights(), _counted(tensors)):
                 stack.enter_context(context)
             return model_class(config)
-    except MemoryError:
+    except (MemoryError, PissaError):
         raise
     except Exception as error:
         raise UnsupportedArchitecture(
             f"{model_class.__name__} cannot be built from config.json: "
             f"{type(error).__name__}: {_one_line(error)}"
         ) from error
+
+
+@contextlib.contextmanager
+def _counted(tensors: int) -> Iterator[None]:
+    """Refuse a model that has far more modules than its checkpoint has tensors.
+
+    How often a class repeats something stands in its config under many names.
+    """
+    most, count = _MODULES + _MODULES_A_TENSOR * tensors, 0
+
+    def one_more(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise UnsupportedArchitecture(
+                f"config.json describes a model of more than {most:,} modules, and the checkpoint "
+                f"has only {tensors:,} tensors",
+                hint="one of its numbers of layers or the like is too large",
+            )
+
+    hook = register_module_module_registration_hook(one_more)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

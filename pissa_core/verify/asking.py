@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pissa_core.errors import PissaError
+from pissa_core.errors import HeaderInvalid, PissaError
 from pissa_core.fold.adapter import Adapter, decomposes, read_adapter
 from pissa_core.layout import Layout, read_layout
+from pissa_core.layout.jsonfile import (
+    LARGEST_MANIFEST,
+    MOST_IN_A_MANIFEST,
+    parse_object,
+    read_bounded,
+)
 from pissa_core.layout.sidefiles import CARD, OWN_NAMES
 from pissa_core.plan import CarriedTensor, Matrix, Piece
 from pissa_core.ports import CheckpointSource
@@ -98,14 +103,12 @@ def _read_manifest(converted: CheckpointSource, found: _Findings) -> dict[str, A
     if MANIFEST not in converted.files():
         found.note("manifest", MANIFEST, "it is missing")
         return {}
-    content = converted.read(MANIFEST)
     try:
-        manifest = json.loads(content.decode())
-        if not isinstance(manifest, dict):
-            raise ValueError("it is no object")
+        content = read_bounded(converted, MANIFEST, LARGEST_MANIFEST, most=MOST_IN_A_MANIFEST)
+        manifest = parse_object(content, MANIFEST)
         as_written = canonical_json(manifest) == content
-    except (ValueError, RecursionError) as error:
-        found.note("manifest", MANIFEST, f"it is not valid JSON ({str(error)[:200]})")
+    except (HeaderInvalid, ValueError) as error:
+        found.note("manifest", MANIFEST, str(error)[:300])
         return {}
     if not as_written:
         found.note("manifest", MANIFEST, "its bytes are not as this project writes them")
