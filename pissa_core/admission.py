@@ -8,8 +8,9 @@ from functools import partial
 from pissa_core.adapters.ledger import Ledger, disk_too_small
 from pissa_core.errors import DiskTooSmall, MemoryTooSmall, NoWriteAccess, error_from
 from pissa_core.fold.planning import fold_bytes
-from pissa_core.fold.result import CARD, folded_metadata
+from pissa_core.fold.result import folded_metadata
 from pissa_core.fold.work import Beside
+from pissa_core.layout.sidefiles import read_card
 from pissa_core.plan import Plan
 from pissa_core.planning import matrix_bytes, publish_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource
@@ -52,8 +53,7 @@ def check_plan(
 
 
 def _with_valid_card(plan: Plan, source: CheckpointSource, sink: CheckpointSink) -> Plan:
-    text = source.read(CARD).decode(errors="replace") if CARD in source.files() else ""
-    found = split_card(text)[0]
+    found = split_card(read_card(source))[0]
     make = metadata_of if plan.fold is None else folded_metadata
 
     def complaint(without: tuple[str, ...]) -> str | None:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from pissa_core import report
+from pissa_core.layout.sidefiles import read_card
 from pissa_core.openfile import CHUNK
 from pissa_core.plan import Plan
 from pissa_core.ports import CheckpointSink, CheckpointSource, FileInfo, Publication, Seal
@@ -31,13 +32,11 @@ class _Closing:
     sink: CheckpointSink
 
     def __call__(self, files: Mapping[str, FileInfo]) -> dict[str, bytes]:
-        has_card = "README.md" in self.source.files()
-        source_card = self.source.read("README.md").decode(errors="replace") if has_card else None
         readme = report.card(
             self.plan,
             self.rows,
             base_model_name_or_path=self.sink.base_model_name_or_path,
-            source_card=source_card,
+            source_card=read_card(self.source),
             revision=self.sink.revision,
         )
         listed = {**files, "README.md": _info_of(readme)}

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from pissa_core.layout.sidefiles import CARD, read_card
 from pissa_core.plan import Fold, Plan
 from pissa_core.ports import CheckpointSink, CheckpointSource, FileInfo, Publication, Seal
 from pissa_core.refs import HubRef, parse_ref
@@ -20,7 +21,6 @@ from pissa_core.report.manifest import SCHEMA, canonical_json, versions
 from pissa_core.report.metadata import kept_metadata, split_card
 
 MANIFEST = "pissa_manifest.json"
-CARD = "README.md"
 _OWN_TAGS = frozenset({"pissa", "peft", "lora", "residual"})
 
 
@@ -73,8 +73,7 @@ class _Closing:
     sink: CheckpointSink
 
     def __call__(self, files: Mapping[str, FileInfo]) -> dict[str, bytes]:
-        has_card = CARD in self.source.files()
-        before = self.source.read(CARD).decode(errors="replace") if has_card else ""
+        before = read_card(self.source)
         readme = folded_card(self.plan, self.rows, before)
         info = FileInfo(len(readme), hashlib.sha256(readme).hexdigest())
         return {

@@ -43,6 +43,15 @@ _WEIGHT_INDEX = tuple(f"{suffix}.index" for suffix in (*OTHER_FORMATS, ".safeten
 _MODULES = "modules.json"
 _ROOT = str(PurePosixPath(""))  # where the model itself lies, so no module's own folder
 _LARGEST_MODULES = 1 << 20
+_LARGEST_CARD = 16 << 20
+
+
+def read_card(source: CheckpointSource) -> str:
+    """Return the source's card; nothing, if it has none or one that nobody would read."""
+    info = source.files().get(CARD)
+    if info is None or info.size > _LARGEST_CARD:
+        return ""
+    return source.read(CARD).decode(errors="replace")
 
 
 def sort_out(

@@ -10,6 +10,7 @@ import yaml
 
 # The Hub's own idea of where a card's metadata ends (huggingface_hub.repocard).
 _FRONT_MATTER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))")
+_LONGEST = 1 << 20  # characters, which take seconds; tables of results fill half as many
 _CARRIED_OVER = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _TOGETHER = (
     ("license", "license_name", "license_link"),  # "other" is nothing without its name
@@ -38,7 +39,7 @@ def split_card(text: str) -> tuple[Mapping[str, Any], str]:
     if match is None:
         return {}, text
     try:
-        data = yaml.safe_load(match[2])
+        data = yaml.safe_load(match[2]) if len(match[2]) <= _LONGEST else None
     except (yaml.YAMLError, ValueError, RecursionError):
         data = None
     return (data if isinstance(data, dict) else {}), text[match.end() :]

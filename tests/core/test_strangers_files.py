@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pissa_core.adapters.memory import MemorySource
-from pissa_core.errors import PissaError
+from pissa_core.errors import LONGEST, PissaError
 from pissa_core.fold.adapter import read_adapter as read_for_fold
 from pissa_core.layout import read_layout
+from pissa_core.layout.sidefiles import read_card
 from pissa_core.lora.adapter import read_adapter as read_for_lora
 from pissa_core.lora.finding import Place, find_place
 from pissa_core.lora.lineage import trace
 from pissa_core.refs import LocalRef
+from pissa_core.report.metadata import split_card
 
 MEMORY = 50_000_000
 """Far more than any of these files needs, far less than what one number in them can ask for."""
@@ -188,3 +190,32 @@ def test_a_config_of_many_megabytes_is_not_read(read):
     ends_well(lambda: read(source))
     with pytest.raises(PissaError, match="at most"):
         read(source)
+
+
+def test_a_card_s_metadata_cannot_take_minutes_to_read():
+    entry = "- {name: x, value: 1.0}\n"
+    text = "---\nlicense: mit\nresults:\n" + entry * (2 * 10**6 // len(entry)) + "---\nbody"
+    assert split_card(text) == ({}, "body")
+    assert split_card("---\nlicense: mit\n---\nbody") == ({"license": "mit"}, "body")
+
+
+def test_a_card_of_many_megabytes_is_none():
+    assert read_card(MemorySource({"README.md": b"x" * (16 << 20)}))
+    assert read_card(MemorySource({"README.md": b"x" * ((16 << 20) + 1)})) == ""
+
+
+@pytest.mark.parametrize("read", [read_for_fold, read_for_lora])
+def test_a_config_that_would_fill_the_memory_is_not_parsed(read):
+    config = b'{"peft_type": "LORA", "x": [' + b"[]," * (5 << 20) + b"[]]}"
+    files = {"adapter_config.json": config, "adapter_model.safetensors": FACTORS}
+    ends_well(lambda: read(MemorySource(files)))
+    with pytest.raises(PissaError, match="has more than 4000000 values"):
+        read(MemorySource(files))
+
+
+def test_a_message_never_quotes_a_whole_file():
+    config = json.dumps({**ADAPTER_CONFIG, "lora_bias": "x" * 10**6}).encode()
+    files = {"adapter_config.json": config, "adapter_model.safetensors": FACTORS}
+    with pytest.raises(PissaError) as caught:
+        read_for_lora(MemorySource(files))
+    assert 100 < len(caught.value.message) <= LONGEST + 1
