@@ -88,11 +88,7 @@ class Hold:
         if why is Stop.DRAIN or self._done.wait(self._settings.cancel_s):
             return
         if (self._lost or self._still_ours()) and not self._done.is_set():
-            logger.warning(
-                "%s %s does not come to an end; this process does",
-                self._claim.job_id,
-                self._claim.task,
-            )
+            logger.warning("the task does not come to an end; this process does")
             os._exit(1)
 
     def _still_ours(self) -> bool:

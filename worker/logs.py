@@ -8,13 +8,17 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 
 import structlog
 
-FIELDS = ("job_id", "request_id", "owner", "method", "route", "status", "ms")
+FIELDS = ("job_id", "task", "request_id", "owner", "method", "route", "status", "ms")
 """What a line may say beside its sentence, given as `extra`."""
+
+_at_hand: dict[str, str] = {}
+"""What this process works on: one task at a time, in whatever threads."""
 
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{8,}")
 
@@ -30,6 +34,20 @@ def redact(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def about(**names: str) -> Iterator[None]:
+    """Name, in every line of this process and all its threads, the task it works on."""
+    _at_hand.update(names)
+    try:
+        yield
+    finally:
+        _at_hand.clear()
+
+
+def _name_task(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    return {**_at_hand, **event}
+
+
 def configure_logging(process: str, level: int = logging.INFO) -> None:
     """Send every logger of this process to stderr, in lines that name `process`."""
 
@@ -43,6 +61,7 @@ def configure_logging(process: str, level: int = logging.INFO) -> None:
         foreign_pre_chain=[
             structlog.contextvars.merge_contextvars,
             structlog.stdlib.ExtraAdder(allow=FIELDS),
+            _name_task,
             structlog.stdlib.add_log_level,
             structlog.stdlib.add_logger_name,
             structlog.processors.TimeStamper(fmt="iso", utc=True),

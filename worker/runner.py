@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 
-import structlog
-
 from pissa_core.errors import OutOfMemory, PissaError
 from worker.bounds import ABSURD
 from worker.errors import StoreUnavailable
 from worker.holding import Hold, Stopped
+from worker.logs import about
 from worker.processes import holder_id, reset_peak_memory
 from worker.steps import STEPS
 from worker.store.tasks import Claim, LeaseLost, is_restart
@@ -26,10 +25,10 @@ def carry_out(context: Context, job_id: str, task: str) -> None:
     """
     claim = context.tasks.claim(job_id, task, holder=holder_id())
     if claim is None:
-        logger.info("%s %s is not to be done here", job_id, task)
+        logger.info("not to be done here", extra={"job_id": job_id, "task": task})
         return
     reset_peak_memory()
-    with structlog.contextvars.bound_contextvars(**_names(claim)):
+    with about(**_names(claim)):
         logger.info("attempt %d begins", claim.attempts)
         try:
             _work(context, claim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pissa_core.ports import CheckpointSink, CheckpointSource
     from pissa_core.runtime import Runtime
 
+logger = logging.getLogger(__name__)
 _request: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
 Request = TypeVar("Request", bound=WithOutput | Verify)
 
@@ -144,6 +146,9 @@ class Context:
         """Return what tells the store of the Hub's pauses."""
 
         def tell(pause: Pause | None) -> None:
+            if pause is not None:
+                error = pause.error
+                logger.warning("waiting %.0f s: [%s] %s", pause.seconds, error.code, error.message)
             # A lost lease, or a store that is away, is for the work itself to find out.
             with suppress(LeaseLost, StoreUnavailable):
                 if pause is None:

@@ -110,7 +110,7 @@ async def _stream(
             yield _as_sent(event)
     except StoreUnavailable:
         # The client comes back with the last id it saw, and is told 503 then.
-        logger.warning("the events of %s end early: the store is away", job_id)
+        logger.warning("events end early: the store is away", extra={"job_id": job_id})
 
 
 def _as_sent(event: JobEvent) -> ServerSentEvent:

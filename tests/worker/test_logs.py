@@ -67,5 +67,28 @@ def test_the_request_that_submitted_a_job_is_named_where_the_job_is_worked_on(
     lines = [json.loads(line) for line in service.logged().splitlines() if job.id in line]
     named = [line["request_id"] for line in lines if line["event"].startswith("attempt")]
     assert named == ["r-first", "r-second"]
-    about = [line for line in lines if line.get("job_id") == job.id]
-    assert all(line["request_id"] in named and line["task"] == "prepare" for line in about)
+    assert all(line["job_id"] == job.id and line["task"] == "prepare" for line in lines)
+    # Who looks after lost messages knows no request.
+    planned = [line for line in lines if line["process"].startswith("planner")]
+    assert all(line["request_id"] in named for line in planned)
+
+
+THREADS = (
+    "import logging; from concurrent.futures import ThreadPoolExecutor\n"
+    "from worker.logs import about, configure_logging\n"
+    "configure_logging('test')\n"
+    "pool = ThreadPoolExecutor(1)\n"
+    "say = lambda words: pool.submit(logging.getLogger('x').warning, words).result()\n"
+    "with about(job_id='job_1', task='shard:0', request_id='r-1'): say('within')\n"
+    "say('after')\n"
+)
+
+
+def test_threads_of_a_task_name_it_too() -> None:
+    """Matrices, headers and the Hub have threads of their own, begun before the task or in it."""
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    within, after = map(json.loads, done.stderr.splitlines())
+    told = {name: within[name] for name in ("job_id", "task", "request_id")}
+    assert told == {"job_id": "job_1", "task": "shard:0", "request_id": "r-1"}
+    assert not told.keys() & after.keys()

@@ -116,7 +116,7 @@ def sweep(context: Context, claim: Claim, work: Callable[[], object]) -> None:
     try:
         work()
     except (PissaError, OSError):
-        logger.exception("%s: not everything that was staged could be removed", claim.job_id)
+        logger.exception("not everything that was staged could be removed")
     context.tasks.finish(claim)
 
 

@@ -110,7 +110,8 @@ class Connection:
                 Task(f"pissa.{kind}"), *arguments, queue=queue, task_id=f"{job_id}|{task}"
             )
         except Exception:  # noqa: BLE001 - whatever the broker's client raises: sent again later
-            logger.warning("the message of %s %s was not sent; it will be", job_id, task)
+            told = {"job_id": job_id, "task": task}
+            logger.warning("the message was not sent; it will be", extra=told)
 
     def close(self) -> None:
         """Close every connection."""

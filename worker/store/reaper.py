@@ -89,7 +89,8 @@ class Reaper(Rounds):
         return self._connection.call("leases")["leases"] or []
 
     def _take_back(self, lease: dict[str, Any], error: PissaError, *, dead: bool) -> None:
-        logger.warning("%s %s is taken back: %s", lease["id"], lease["task"], error.message)
+        told = {"job_id": lease["id"], "task": lease["task"]}
+        logger.warning("taken back: %s", error.message, extra=told)
         self._connection.call(
             "lose",
             id=lease["id"],
@@ -130,7 +131,7 @@ class Reaper(Rounds):
                 error = json.dumps(_no_suitable_worker(self._settings.no_worker_s).as_dict())
                 self._connection.call("unserved", id=job_id, task=task, error=error)
             elif not self._is_waiting(queue, f"{job_id}|{task}"):
-                logger.info("the message of %s %s is sent again", job_id, task)
+                logger.info("the message is sent again", extra={"job_id": job_id, "task": task})
                 self._connection.send(job_id, task, queue)
                 self._connection.call("resent", id=job_id, task=task, queue=queue)
 
