@@ -12,6 +12,7 @@ from worker.errors import StoreUnavailable
 from worker.settings import Settings
 from worker.store.tasks import Claim, LeaseLost, Stop, TaskStore
 
+_FAREWELL_S = 5.0
 logger = logging.getLogger(__name__)
 
 
@@ -48,8 +49,13 @@ class Hold:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Stop renewing; what follows must be written within one lease."""
+        """Stop renewing; what follows must be written within one lease.
+
+        A question under way is waited for, within reason: whoever closes the connection next must
+        not find it in use.
+        """
         self._done.set()
+        self._thread.join(timeout=_FAREWELL_S)
 
     def check(self, answer: Stop | None = None) -> None:
         """Go on, or leave the task.
