@@ -1,24 +1,39 @@
-"""Cancelling cuts a job short in the middle of a transfer, and nothing lies about."""
+"""Cancelling cuts every kind of job short in the middle of a transfer, and nothing lies about."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from conftest import Service
+from conversions import convert_to
 from hub.faults import Fault
 from hub.server import running
 from hub.state import Hub
+from pydantic import TypeAdapter
 from service_fixtures import quick_settings
 from worker_tools import running_worker, wait_for, wait_for_end, write_llama
 
 from worker.connect import open_store
-from worker.contract import BaseToPissa, Job, Status
+from worker.contract import Job, JobRequest, Status
 from worker.embedded import embedded_valkey
 
-DRIP = {"drip": 4096, "drip_s": 0.2}
+DRIP = {"drip": 4096, "drip_s": 0.2, "times": 10_000}
 """A megabyte would take most of a minute, without ever being so slow that it is given up."""
+AMID = 20_000
+"""More bytes than any header here has."""
+FROM_HUB = {
+    "base-to-pissa": {"model": "org/m"},
+    "pissa-to-lora": {"trained": "org/adapter", "initial": "./pair/pissa_init"},
+    "pissa-to-base": {"residual": "org/pair", "adapter": "./pair/pissa_init"},
+    "verify": {"original": "org/m", "converted": "./pair"},
+}
+FROM_FOLDER = {
+    "base-to-pissa": {"model": "./m"},
+    "pissa-to-lora": {"trained": "./pair/pissa_init", "initial": "./pair/pissa_init"},
+    "pissa-to-base": {"residual": "./pair", "adapter": "./pair/pissa_init"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +48,9 @@ def beside(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
     folder = tmp_path_factory.mktemp("cancel")
     root = folder / "models"
     hub.create_repo("org/m", write_llama(root / "m", layers=1, hidden=320, shards=1))
+    convert_to(root / "m", root / "pair", {"rank": 32})
+    hub.create_repo("org/pair", root / "pair")
+    hub.create_repo("org/adapter", root / "pair" / "pissa_init")
     with embedded_valkey(folder / "data") as url:
         settings = quick_settings(url, folder / "data", root)
         store = open_store(settings)
@@ -43,43 +61,53 @@ def beside(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servi
         store.close()
 
 
-def cancel_amid(service: Service, hub: Hub, body: BaseToPissa, fault: Fault, token: str) -> Job:
-    """Cancel a job once the transfer that drips has begun."""
-    hub.faults.add(fault)
+def cancel_amid(
+    service: Service, hub: Hub, body: Mapping[str, object], method: str, *, discard: bool
+) -> Job:
+    """Cancel a job amid a transfer that drips."""
+    fault = hub.faults.add(Fault("/blobs/" if method == "GET" else "", method=method, **DRIP))
     begun = len(hub.seen)
 
-    def dripping() -> bool:
-        now = [seen for seen in list(hub.seen)[begun:] if seen.method == fault.method]
-        return fault.times == 0 and any(seen.sent or seen.received for seen in now)
+    def amid() -> bool:
+        return any(seen.sent + seen.received > AMID for seen in list(hub.seen)[begun:])
 
-    job_id = service.store.submit(body, owner="me", hub_token=token)[0].id
-    wait_for(dripping, "the transfer")
-    assert service.store.cancel(job_id, discard=True).status in (
-        Status.CANCELLING,
-        Status.CANCELLED,
-    )
-    return wait_for_end(service.store, job_id)
+    request = TypeAdapter(JobRequest).validate_python(body)
+    token = hub.create_token("me")
+    job_id = service.store.submit(request, owner="me", hub_token=token)[0].id
+    wait_for(amid, "the transfer")
+    cancelled = service.store.cancel(job_id, discard=discard).status
+    assert cancelled in (Status.CANCELLING, Status.CANCELLED)
+    job = wait_for_end(service.store, job_id)
+    fault.times = 0
+    return job
 
 
 def left(service: Service) -> list[Path]:
     scratch = service.settings.scratch_dir
     folders = [service.root, service.settings.files_dir, scratch]
     found = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
-    return [path for path in found if path.name not in ("m", ".pissa-storage-id")]
+    return [path for path in found if path.name not in ("m", "pair", ".pissa-storage-id")]
 
 
-def test_a_download_is_cut_short(beside: Service, hub: Hub) -> None:
-    body = BaseToPissa(model="org/m", output={"ref": "./out"})
-    job = cancel_amid(beside, hub, body, Fault(r"/blobs/", **DRIP), hub.create_token("me"))
+@pytest.mark.parametrize("kind", FROM_HUB)
+def test_a_download_is_cut_short(beside: Service, hub: Hub, kind: str) -> None:
+    body = {"kind": kind, **FROM_HUB[kind]}
+    if kind != "verify":
+        body["output"] = "./out"
+    job = cancel_amid(beside, hub, body, "GET", discard=False)
     assert job.status is Status.CANCELLED
-    assert job.progress.matrices.done == 0
+    shards = job.progress.shards
+    assert shards.done < max(1, shards.total)
     assert left(beside) == []
 
 
-def test_an_upload_is_cut_short(beside: Service, hub: Hub) -> None:
-    body = BaseToPissa(model="./m", output={"ref": "hf://me/out"})
-    fault = Fault(r"", method="PUT", **DRIP)
-    job = cancel_amid(beside, hub, body, fault, hub.create_token("me"))
+@pytest.mark.parametrize("discard", [True, False])
+@pytest.mark.parametrize("kind", FROM_FOLDER)
+def test_an_upload_is_cut_short(beside: Service, hub: Hub, kind: str, discard: bool) -> None:
+    hub.repos.pop("me/out", None)
+    body = {"kind": kind, **FROM_FOLDER[kind], "output": "hf://me/out"}
+    job = cancel_amid(beside, hub, body, "PUT", discard=discard)
     assert job.status is Status.CANCELLED
     assert left(beside) == []
+    assert job.progress.shards.done == 0
     assert list(hub.repos["me/out"].branches) == ["main"]
