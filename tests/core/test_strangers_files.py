@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pissa_core.adapters.memory import MemorySource
 from pissa_core.errors import LONGEST, PissaError
 from pissa_core.fold.adapter import read_adapter as read_for_fold
+from pissa_core.fold.belonging import trace as trace_fold
 from pissa_core.layout import read_layout
 from pissa_core.layout.sidefiles import read_card
 from pissa_core.lora.adapter import read_adapter as read_for_lora
@@ -21,6 +22,8 @@ from pissa_core.lora.finding import Place, find_place
 from pissa_core.lora.lineage import trace
 from pissa_core.refs import LocalRef
 from pissa_core.report.metadata import split_card
+from pissa_core.verify.asking import _Findings, _read_manifest
+from pissa_core.verify.claims import shape_faults
 
 MEMORY = 50_000_000
 """Far more than any of these files needs, far less than what one number in them can ask for."""
@@ -178,6 +181,28 @@ def test_a_manifest_may_say_anything(manifest, base):
         place = find_place(LocalRef("/model"), lambda ref: model)
         assert isinstance(place, Place)
         trace(both, both, LocalRef("/model/pissa_init"), adapter, lambda ref: model)
+
+    ends_well(read)
+
+
+@settings(max_examples=100, deadline=None)
+@given(changed(MANIFEST), anything, anything)
+def test_a_residual_s_manifest_may_say_anything(manifest, base, revision):
+    config = {**ADAPTER_CONFIG, "base_model_name_or_path": base, "revision": revision}
+    files = {"adapter_config.json": json.dumps(config).encode()}
+    adapter = MemorySource({**files, "adapter_model.safetensors": FACTORS})
+    residual = MemorySource({**CHECKPOINT, "pissa_manifest.json": manifest})
+    ends_well(lambda: trace_fold(residual, read_for_fold(adapter), lambda ref: residual))
+
+
+@settings(max_examples=100, deadline=None)
+@given(changed(MANIFEST))
+def test_a_manifest_to_be_verified_may_say_anything(content):
+    found = _Findings()
+
+    def read() -> None:
+        manifest = _read_manifest(MemorySource({"pissa_manifest.json": content}), found)
+        found.faults += shape_faults(manifest) if manifest else []
 
     ends_well(read)
 
