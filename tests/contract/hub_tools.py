@@ -14,6 +14,9 @@ from pissa_core.spec import parse_config
 
 IN, OUT = "someone/llama", "somebody/out"
 
+PROBE = 16 << 10
+"""What planning reads of a shard for its header."""
+
 
 def run(source: CheckpointSource, sink: CheckpointSink, **config: object) -> str:
     asked = parse_config({"rank": 2, **config})
