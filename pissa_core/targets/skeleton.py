@@ -37,6 +37,7 @@ _DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"} | 
     f"{part}{side}_layers" for part in ("", "num_") for side in ("encoder", "decoder")
 }
 """How configs spell the number of layers."""
+_MOST_LABELS = 1_000_000
 _MODULES, _MODULES_A_TENSOR = 50_000, 100  # more than any class has, dropouts and all
 
 
@@ -132,13 +133,20 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_depth(config: Mapping[str, Any], tensors: int) -> None:
-    """Refuse a depth that the checkpoint cannot have, before anything of that size is built."""
+    """Refuse a depth that the checkpoint cannot have, before anything of that size is built.
+
+    A list of labels is built as soon as the config is read.
+    """
     for name, value in config.items():
         if isinstance(value, Mapping):
             _check_depth(value, tensors)
         elif name in _DEPTHS and isinstance(value, int) and value > tensors:
             raise UnsupportedArchitecture(
                 f"config.json says {name} = {value}, the checkpoint has only {tensors} tensors"
+            )
+        elif name == "num_labels" and isinstance(value, int) and value > _MOST_LABELS:
+            raise UnsupportedArchitecture(
+                f"config.json says num_labels = {value}; at most {_MOST_LABELS} are given names"
             )
 
 
