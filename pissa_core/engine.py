@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from typing import cast
@@ -22,7 +22,6 @@ from pissa_core.errors import (
     OutputError,
     OutputExists,
     PissaError,
-    Refused,
     SourceChanged,
     TargetError,
     WayBackError,
@@ -41,7 +40,7 @@ from pissa_core.fold.result import folded_publication
 from pissa_core.fold.work import Beside, Folding
 from pissa_core.headstart import HeadStart
 from pissa_core.lanes import in_turn, side_by_side
-from pissa_core.plan import IN_FLIGHT, Plan, ShardPlan
+from pissa_core.plan import IN_FLIGHT, Plan
 from pissa_core.planning import make_plan, publish_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource, Seal
 from pissa_core.runtime import Runtime, give_back, resolve
@@ -100,9 +99,10 @@ def carry_out(
 def is_hopeless(error: PissaError) -> bool:
     """Whether trying again cannot help, so that staged work is of no further use.
 
-    What lies where the result belongs can be moved away, and hours of work be shown after all.
+    What lies where the result belongs can be moved away, and hours of work be shown after all. A
+    request that is refused amid the work is refused by this machine: another may carry it out.
     """
-    kinds = (CheckpointError, TargetError, OutputError, WayBackError, Refused)
+    kinds = (CheckpointError, TargetError, OutputError, WayBackError)
     return isinstance(error, kinds) and not isinstance(error, OutputExists)
 
 
@@ -196,12 +196,13 @@ def publish(
     """
     yield Publishing()
     if sink.published() is None:
-        seals = tuple(_seal_of(sink, shard) for shard in plan.shards)
+        seals = _seals_of(sink, [shard.path for shard in plan.shards])
         contents = folded_publication if plan.fold else publication
         with traffic_of(runtime, sink).passage("") as way:
             if is_elsewhere(sink):
                 sizes = {path: info.size for path, info in source.files().items()}
-                yield from way.to_disk(publish_bytes(plan, sizes, plan.estimate.adapter), None)
+                needed = publish_bytes(plan, sizes, plan.estimate.adapter)
+                yield from way.to_disk(needed, sink.publishing_folder)
             sink.publish(contents(plan, source, sink, seals))
     yield Published(sink.ref, json.loads(sink.published() or b"{}"))
     sink.discard()
@@ -215,11 +216,12 @@ def _folding(plan: Plan, beside: Beside | None) -> Folding | None:
     return Folding(plan, plan.fold, beside)
 
 
-def _seal_of(sink: CheckpointSink, shard: ShardPlan) -> Seal:
-    seal = sink.seal_of(shard.path)
-    if seal is None:
-        raise SourceChanged(
-            f"{shard.path} was finished, but its files no longer have their checksums",
-            hint="run again: the shard will be converted anew",
-        )
-    return seal
+def _seals_of(sink: CheckpointSink, shards: Sequence[str]) -> tuple[Seal, ...]:
+    found = sink.seals_of(shards)
+    for shard, seal in zip(shards, found, strict=True):
+        if seal is None:
+            raise SourceChanged(
+                f"{shard} was finished, but its files no longer have their checksums",
+                hint="run again: the shard will be converted anew",
+            )
+    return tuple(seal for seal in found if seal is not None)

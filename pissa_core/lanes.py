@@ -10,6 +10,8 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from pissa_core.leaving import leaving_on
+
 T = TypeVar("T")
 
 _LOOK_UP_S = 0.1
@@ -32,8 +34,9 @@ class _Lanes(Generic[T]):
     def run(self) -> None:
         """Do what is waiting, one after another; be one lane."""
         try:
-            while not self.stopping.is_set() and (begin := self._next()) is not None:
-                self._follow(begin)
+            with leaving_on(self.stopping):
+                while not self.stopping.is_set() and (begin := self._next()) is not None:
+                    self._follow(begin)
         except BaseException as error:  # noqa: BLE001 - raised again by whoever reads
             self._put(_Ended(error))
         else:
@@ -70,7 +73,7 @@ def side_by_side(streams: Iterable[Callable[[], Generator[T]]], *, lanes: int) -
     """Yield what several iterators yield, as it comes; at most `lanes` of them run at a time.
 
     They are begun in the order given. Closing this iterator, or an error in one of them, begins no
-    more and closes those under way, each at its next item.
+    more and closes those under way, each at its next item, or in the wait (`leaving`) it is in.
     """
     work = _Lanes(streams)
     threads = [threading.Thread(target=work.run, name=f"lane-{i}") for i in range(lanes)]

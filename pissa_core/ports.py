@@ -134,6 +134,10 @@ class CheckpointSink(Protocol):
     def scratch_folder(self) -> Path | None:
         """The folder below which every attempt's scratch lies; None if there is no one folder."""
 
+    @property
+    def publishing_folder(self) -> Path | None:
+        """The scratch of `publish`; None if what it writes lies where the result will."""
+
     def free_bytes(self) -> int | None:
         """Bytes that staging may take, what it holds already included; None if not known."""
 
@@ -142,6 +146,9 @@ class CheckpointSink(Protocol):
 
         A file that does not (cut short by a crash, altered since) loses its seal.
         """
+
+    def seals_of(self, shards: Sequence[str]) -> tuple[Seal | None, ...]:
+        """Return the seals of several shards, each as `seal_of` does, by one look at them all."""
 
     def adopt(self, shard: str, source: CheckpointSource, path: str) -> Seal | None:
         """Seal a shard that is the file `path` of the source without its bytes coming here.

@@ -12,6 +12,7 @@ from hub.state import Hub
 
 if TYPE_CHECKING:
     from pissa_core.adapters.hub import HubSink, HubSource, Notice, Patience
+    from pissa_core.adapters.hub.pacing import Pace
 
     OpenHub = Callable[..., HubSource]
     OpenHubSink = Callable[..., HubSink]
@@ -71,6 +72,7 @@ def open_hub_sink(hub: Hub, tmp_path: Path) -> OpenHubSink:
         digest: str = "d1",
         machine: str = "here",
         on_wait: Notice | None = None,
+        pace: Pace | None = None,
         **options: Any,
     ) -> HubSink:
         parsed = parse_ref(ref)
@@ -84,6 +86,7 @@ def open_hub_sink(hub: Hub, tmp_path: Path) -> OpenHubSink:
             scratch=tmp_path / machine,
             options=PublishOptions(**options),
             writer=HubWriter(client, parsed.repo_id, patiences=Patiences(short, short)),
+            pace=pace,
         )
 
     return open_sink

@@ -6,8 +6,10 @@ import logging
 import os
 import threading
 import time
+from contextlib import ExitStack
 from types import TracebackType
 
+from pissa_core.leaving import CalledOff, leaving_on
 from worker.errors import StoreUnavailable
 from worker.settings import Settings
 from worker.store.tasks import Claim, LeaseLost, Stop, TaskStore
@@ -23,9 +25,9 @@ class Stopped(Exception):
 class Hold:
     """Keeps the lease of one task while the block is open.
 
-    The work asks `check` between matrices. Work that does not come to a matrix's end in time (a
-    huge matrix, a slow download) is ended from outside: the process leaves, the lease is taken
-    back, and what is journalled stays.
+    The work asks `check` between matrices, and its waits for the Hub end when it is to be left.
+    Work that does not come to a matrix's end in time (a huge matrix, a slow download) is ended
+    from outside: the process leaves, the lease is taken back, and what is journalled stays.
     """
 
     def __init__(self, tasks: TaskStore, claim: Claim, settings: Settings) -> None:
@@ -34,12 +36,15 @@ class Hold:
         self._claim = claim
         self._settings = settings
         self._done = threading.Event()
+        self._leave = threading.Event()
+        self._waits = ExitStack()
         self._why: Stop | None = None
         self._lost = False
         self._thread = threading.Thread(target=self._watch, name="lease", daemon=True)
 
     def __enter__(self) -> Hold:
         """Begin to renew."""
+        self._waits.enter_context(leaving_on(self._leave))
         self._thread.start()
         return self
 
@@ -56,6 +61,9 @@ class Hold:
         """
         self._done.set()
         self._thread.join(timeout=_FAREWELL_S)
+        self._waits.close()
+        if kind is CalledOff:
+            self.check()
 
     def check(self, answer: Stop | None = None) -> None:
         """Go on, or leave the task.
@@ -86,6 +94,8 @@ class Hold:
                 continue
             if self._lost or why is not None:
                 self._why = why
+                if self._lost or self._still_ours():
+                    self._leave.set()
                 self._leave_in_time(why)
                 return
 

@@ -136,10 +136,11 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it that are missing, durably."""
-    if not folder.is_dir():
+    while not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        with suppress(FileNotFoundError):  # another removed the one above, as it was empty
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -169,15 +170,17 @@ def allocated(folder: Path) -> int:
     return 512 * sum(blocks.values())
 
 
-def try_lock(path: Path) -> int | None:
+def try_lock(path: Path, *, shared: bool = False) -> int | None:
     """Lock a file for this process's life; None if a living process holds it.
+
+    Several may share a lock, which then is nobody's alone.
 
     The kernel frees the lock when its holder dies and keeps it while the holder is merely
     stopped: exactly the difference between scratch that may be adopted and scratch that may not.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         os.close(fd)
         if isinstance(error, BlockingIOError):

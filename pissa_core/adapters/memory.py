@@ -90,6 +90,7 @@ class MemorySink:
     _held: set[str] = field(default_factory=set)
 
     revision = None
+    publishing_folder = None
 
     @property
     def base_model_name_or_path(self) -> str:
@@ -127,6 +128,10 @@ class MemorySink:
             del self._sealed[shard]
             return None
         return sealed.seal
+
+    def seals_of(self, shards: Sequence[str]) -> tuple[Seal | None, ...]:
+        """Return the seals of several shards."""
+        return tuple(self.seal_of(shard) for shard in shards)
 
     def adopt(self, shard: str, source: CheckpointSource, path: str) -> None:
         """Never: every byte of a result comes here."""

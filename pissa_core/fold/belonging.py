@@ -12,7 +12,6 @@ from urllib.parse import quote
 from pissa_core.errors import (
     AdaptersDoNotMatch,
     HeaderInvalid,
-    HubUnavailable,
     PissaError,
     WrongBase,
 )
@@ -190,7 +189,7 @@ def _leads_here(
     return (
         _is_its_name(name, revision, residual)
         or (name, revision) == _knows_itself_as(residual)
-        or (manifest is not None and _is_a_copy(name, revision, manifest, open_other))
+        or (manifest is not None and _is_a_copy(residual, name, revision, manifest, open_other))
     )
 
 
@@ -215,15 +214,28 @@ def _knows_itself_as(residual: CheckpointSource) -> tuple[object, object]:
         return (None, None)
 
 
-def _is_a_copy(name: str, revision: object, manifest: Mapping[str, Any], open_other: Open) -> bool:
-    """Whether what lies under `name` has a manifest that lists the same weights."""
+def _is_a_copy(
+    residual: CheckpointSource,
+    name: str,
+    revision: object,
+    manifest: Mapping[str, Any],
+    open_other: Open,
+) -> bool:
+    """Whether what lies under `name` has a manifest that lists the same weights.
+
+    Raises:
+        AccessError: if that cannot be asked now.
+    """
     try:
         at = f"@{quote(revision, safe='')}" if isinstance(revision, str) and revision else ""
         other = read_manifest(open_other(parse_ref(f"{name}{at}")))
     except PissaError as error:
-        # A Hub that asks to wait will answer; a machine without a way to it knows no more.
-        if error.retryable and not isinstance(error, HubUnavailable):
-            raise
+        if error.retryable:  # what cannot be asked now is neither a copy nor none
+            raise type(error)(
+                f"whether {name} is a copy of {residual.ref} cannot be asked now: {error.message}",
+                hint="run again once the Hub answers, or give the residual under the name that "
+                "the adapter's config has for it",
+            ) from error
         return False
     return other is not None and _weights(other) == _weights(manifest)
 

@@ -96,9 +96,9 @@ class HubPlace(Place):
 SHARD, PART = b"shard bytes" * 100, b"part bytes" * 10
 
 
-def make_seal(shard: bytes = SHARD, part: bytes = PART) -> Seal:
+def make_seal(shard: bytes = SHARD, part: bytes = PART, name: str = "model.safetensors") -> Seal:
     return Seal(
-        shard="model.safetensors",
+        shard=name,
         sha256=hashlib.sha256(shard).hexdigest(),
         size=len(shard),
         part_sha256=hashlib.sha256(part).hexdigest(),
@@ -116,6 +116,16 @@ def seal_attempt(attempt, shard: bytes = SHARD, part: bytes = PART) -> None:
     (attempt.folder / "shard").write_bytes(shard)
     (attempt.folder / "part").write_bytes(part)
     attempt.seal(make_seal(shard, part), attempt.folder / "shard", attempt.folder / "part")
+
+
+def named_seal_in(sink, name: str) -> None:
+    """Seal a shard of its own content."""
+    shard, part = name.encode() * 100, name.encode() * 10
+    with sink.attempt(name) as attempt:
+        (attempt.folder / "shard").write_bytes(shard)
+        (attempt.folder / "part").write_bytes(part)
+        seal = make_seal(shard, part, name)
+        attempt.seal(seal, attempt.folder / "shard", attempt.folder / "part")
 
 
 def publication(**changes) -> Publication:

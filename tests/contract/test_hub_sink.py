@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from hub_tools import IN, OUT, PROBE, run, shards_of, shown
 from places import contents_of, make_seal, publication, seal_in
 
-from pissa_core.adapters.hub.staging import COMMITS_AN_HOUR, KEPT, PREFIX, pace_s, sweep_stale
-from pissa_core.adapters.hub.writer import HubWriter, may_create
+from pissa_core.adapters.hub.permissions import may_create
+from pissa_core.adapters.hub.sweeping import KEPT, PREFIX, RESULT, sweep_stale
+from pissa_core.adapters.hub.writer import HubWriter
 from pissa_core.adapters.memory import MemorySource
 from pissa_core.engine import convert
 from pissa_core.errors import (
@@ -26,6 +28,7 @@ from pissa_core.runtime import Runtime
 from pissa_core.spec import parse_config
 
 LOCAL = MemorySource({})
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
 def test_a_repo_is_converted_into_a_new_repo(
@@ -309,24 +312,30 @@ def test_an_attempt_whose_branch_was_discarded_stops_and_leaves_nothing(
     assert not list(tmp_path.glob("here/**/*"))
 
 
-def test_stale_staging_goes_with_the_next_job_and_fresh_staging_stays(hub, open_hub_sink, open_hub):
+def test_stale_staging_goes_with_the_next_job_and_fresh_staging_stays(hub, open_hub_sink):
     token = hub.create_token("somebody")
     seal_in(open_hub_sink(OUT, token, digest="old"))
     with open_hub_sink(OUT, token, digest="begun").attempt("model.safetensors"):
         pass
     writer = HubWriter(open_hub_sink(OUT, token)._writer.client, OUT)
+    for name in (PREFIX + "old", PREFIX + "gone"):
+        writer.create_branch(name + RESULT)
     made = writer.history(PREFIX + "old")[0][1]
-    assert sweep_stale(writer, but=PREFIX + "old", now=made + 2 * KEPT) == []
-    assert sweep_stale(writer, but=PREFIX + "d1", now=made + KEPT - timedelta(hours=1)) == []
-    assert sweep_stale(writer, but=PREFIX + "d1", now=made + 2 * KEPT) == [PREFIX + "old"]
-    assert PREFIX + "begun" in hub.repos[OUT].branches
+    young, old = made + KEPT - timedelta(hours=1), made + 2 * KEPT
+    assert sweep_stale(writer, but=PREFIX + "d1", now=young) == [PREFIX + "gone" + RESULT]
+    assert sweep_stale(writer, but=PREFIX + "old", now=old) == [PREFIX + "begun"]
+    assert sweep_stale(writer, but=PREFIX + "d1", now=old) == [
+        PREFIX + "old",
+        PREFIX + "old" + RESULT,
+    ]
+    assert list(hub.repos[OUT].branches) == ["main"]
 
 
-def test_commits_are_paced_below_the_limit_of_an_hour():
-    now = datetime(2026, 1, 1, 12, tzinfo=UTC)
-    few = [now - timedelta(seconds=k) for k in range(COMMITS_AN_HOUR - 1)]
-    assert pace_s(few, now) == 0
-    many = [now - timedelta(seconds=30 * k) for k in range(2 * COMMITS_AN_HOUR)]
-    assert pace_s(many, now) == 3600 - 30 * (COMMITS_AN_HOUR - 1)
-    slow = [now - timedelta(seconds=60 * k) for k in range(2 * COMMITS_AN_HOUR)]
-    assert pace_s(slow, now) == 0
+def test_staging_is_begun_with_a_commit_of_its_own(hub, open_hub_sink):
+    """An old model's `main` says nothing about when its staging was begun."""
+    repo = hub.create_repo(OUT, files={"config.json": b"{}"})
+    repo.commits = {oid: replace(made, at=LONG_AGO) for oid, made in repo.commits.items()}
+    token = hub.create_token("somebody")
+    with open_hub_sink(f"{OUT}@pissa", token, digest="begun").attempt("model.safetensors"):
+        open_hub_sink(f"{OUT}@pissa", token, digest="d2").check(LOCAL)
+    assert PREFIX + "begun" in repo.branches

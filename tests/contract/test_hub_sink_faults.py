@@ -14,6 +14,7 @@ from places import contents_of, publication, seal_in
 from pissa_core.adapters.hub import HubClient, HubSink, HubSource, Pause
 from pissa_core.errors import (
     DiskFull,
+    DownloadCorrupt,
     HubUnavailable,
     NoWriteAccess,
     OutputExists,
@@ -57,7 +58,11 @@ def undisturbed(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         Fault(STAGING, "POST", times=2, status=504, served=True),
         Fault(STAGING, "POST", drop=True, served=True),
         Fault("/revision/pissa-staging-d1$", skip=4, times=2, status=502),
+        Fault("/blobs/", skip=8, cut_after=100),
         Fault("/blobs/", skip=12, cut_after=100),
+        Fault("/blobs/", skip=8, drip=2000, drip_s=0.02),
+        Fault("/blobs/", skip=8, times=2, status=503),
+        Fault("/blobs/", skip=8, status=429, headers={"Retry-After": "1"}),
         Fault(FINAL, "POST", times=2, status=502),
         Fault(FINAL, "POST", status=504, served=True),
         Fault(FINAL, "POST", drop=True, served=True),
@@ -88,6 +93,7 @@ def test_what_passes_leaves_no_trace(
         (Fault("/uploads/", "PUT", times=10**6, status=400), HubUnavailable),
         (Fault("/preupload/", "POST", times=10**6, skip=2, status=402), DiskFull),
         (Fault("/commit/", "POST", times=10**6, status=507), DiskFull),
+        (Fault("/blobs/", times=10**6, skip=8, corrupt_at=100), DownloadCorrupt),
         (Fault("/commit/", "POST", times=10**6, skip=1, status=403), NoWriteAccess),
         (
             Fault(FINAL, "POST", times=10**6, status=429, headers={"Retry-After": "9999"}),
@@ -129,7 +135,7 @@ def test_pauses_that_the_hub_asks_for_are_told(hub, open_hub_sink):
     told: list[Pause | None] = []
     token = hub.create_token("somebody")
     sink = open_hub_sink(OUT, token, on_wait=told.append)
-    hub.faults.add(Fault("/commit/", "POST", status=429, headers={"Retry-After": "1"}))
+    hub.faults.add(Fault("/commit/", "POST", skip=1, status=429, headers={"Retry-After": "1"}))
     hub.faults.add(Fault("/uploads/", "PUT", status=503, headers={"Retry-After": "1"}))
     seal_in(sink)
     sink.publish(publication())

@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tinymodels
 import torch
 from conversions import checksums, convert_to, fold_to
+from hub.faults import Fault
 from safetensors.torch import load_file, save_file
 
+from pissa_core.adapters import open_source
 from pissa_core.errors import (
+    HubUnavailable,
     OutputExists,
     OutputInsideSource,
     OutputIsSource,
     PissaError,
+    RateLimited,
 )
 
 WEIGHTS = "adapter_model.safetensors"
@@ -235,12 +240,17 @@ CASES: dict[str, tuple[Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused_by_name_and_nothing_is_left(place, case):
+def test_refused_by_name_and_nothing_is_left(place, case, hub):
     change, code, says = CASES[case]
     change(place)
     before = checksums(place)
     with pytest.raises(PissaError, match=says) as caught:
-        fold_to(place / "pair", place / "adapter", place / "out")
+        fold_to(
+            place / "pair",
+            place / "adapter",
+            place / "out",
+            partial(open_source, endpoint=hub.endpoint),
+        )
     assert caught.value.code == code
     assert "\n" not in caught.value.message
     assert checksums(place) == before
@@ -276,6 +286,21 @@ def test_a_copy_of_the_residual_is_known_by_its_manifest(place):
     shutil.copytree(place / "pair", place / "copy")
     edit_config(place, base_model_name_or_path=str(place / "copy"))
     fold_to(place / "pair", place / "adapter", place / "out")
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(503, HubUnavailable), (429, RateLimited)], ids=["503", "429"]
+)
+def test_a_hub_that_is_away_is_no_wrong_base(place, hub, open_hub, status, error):
+    """Whether the base that the adapter names is a copy of the residual cannot be asked now."""
+    edit_config(place, base_model_name_or_path="org/copy")
+    headers = {"Retry-After": "60"} if status == 429 else {}
+    hub.faults.add(Fault("/api/models/org/copy", times=10**6, status=status, headers=headers))
+    with pytest.raises(error, match=r"org/copy is a copy of .*pair cannot be asked now") as caught:
+        fold_to(place / "pair", place / "adapter", place / "out", lambda ref: open_hub(ref.repo_id))
+    assert caught.value.retryable
+    assert caught.value.hint
+    assert not list(place.glob(".out*"))
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")

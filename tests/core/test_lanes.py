@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 
+from pissa_core import leaving
 from pissa_core.lanes import in_turn, side_by_side
 
 
@@ -90,3 +91,25 @@ def test_an_error_in_one_is_raised_and_ends_the_others():
     with pytest.raises(LookupError, match="in a lane"):
         list(side_by_side(streams, lanes=2))
     assert closed == ["b"]
+
+
+def test_an_error_in_one_ends_another_in_its_wait():
+    waits, left = threading.Event(), []
+
+    def fails():
+        waits.wait()
+        yield "first", 0
+        raise LookupError("in a lane")
+
+    def sleeps():
+        yield "second", 0
+        waits.set()
+        try:
+            leaving.sleep(10**6)
+        except leaving.CalledOff:
+            left.append("second")
+            raise
+
+    with pytest.raises(LookupError, match="in a lane"):
+        list(side_by_side([fails, sleeps], lanes=2))
+    assert left == ["second"]

@@ -16,7 +16,7 @@ from service_fixtures import quick_settings
 from worker_tools import running_worker, wait_for, wait_for_end, write_llama
 
 from worker.connect import open_store
-from worker.contract import Job, JobRequest, Status
+from worker.contract import BaseToPissa, Job, JobRequest, Phase, Status
 from worker.embedded import embedded_valkey
 
 DRIP = {"drip": 4096, "drip_s": 0.2, "times": 10_000}
@@ -111,3 +111,18 @@ def test_an_upload_is_cut_short(beside: Service, hub: Hub, kind: str, discard: b
     assert left(beside) == []
     assert job.progress.shards.done == 0
     assert list(hub.repos["me/out"].branches) == ["main"]
+
+
+def test_a_wait_that_the_hub_asks_for_is_left_at_once(beside: Service, hub: Hub) -> None:
+    wait = Fault("/commit/pissa-staging-", "POST", status=429, headers={"Retry-After": "3000"})
+    hub.faults.add(wait)
+    body = BaseToPissa(model="./m", output={"ref": "hf://me/waits"})
+    before = beside.logged()
+    job_id = beside.store.submit(body, owner="me", hub_token=hub.create_token("me"))[0].id
+    wait_for(lambda: beside.store.get(job_id).phase is Phase.WAITING, "the phase waiting")
+    beside.store.cancel(job_id, discard=True)
+    assert wait_for_end(beside.store, job_id).status is Status.CANCELLED
+    logged = beside.logged()[len(before) :]
+    assert "the task is left: cancelled" in logged
+    assert "this process does" not in logged
+    assert left(beside) == []

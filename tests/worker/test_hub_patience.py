@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -27,8 +26,7 @@ def test_a_job_waits_as_long_as_it_is_told_and_a_plan_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     slept: list[float] = []
-    clock = SimpleNamespace(sleep=slept.append, monotonic=time.monotonic)
-    monkeypatch.setattr("pissa_core.adapters.hub.waiting.time", clock)
+    monkeypatch.setattr("pissa_core.leaving.time", SimpleNamespace(sleep=slept.append))
     monkeypatch.setattr("pissa_core.adapters.hub.client.ENDPOINT", hub.endpoint)
     hub.create_repo("org/name", files={"config.json": b"{}"})
     context = Context(tasks, open_vault(settings), settings, Runtime(device="cpu", slots=1))

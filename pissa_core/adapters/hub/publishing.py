@@ -19,6 +19,7 @@ from pissa_core.adapters.hub.changes import Change, Operation, described, is_fro
 from pissa_core.adapters.hub.client import HubFile, Pinned
 from pissa_core.adapters.hub.source import HubSource
 from pissa_core.adapters.hub.staging import Staging
+from pissa_core.adapters.hub.sweeping import RESULT
 from pissa_core.adapters.hub.uploading import Outgoing, is_sent
 from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, CannotCopy, HubWriter, Moved
 from pissa_core.errors import Cancelled, OutputExists
@@ -84,9 +85,7 @@ class Publisher:
             OutputExists: if something else has appeared there meanwhile.
             Cancelled: if what is staged was removed meanwhile.
         """
-        staged = self._staging.state()
-        if staged is None:
-            raise Cancelled(f"the staging branch {self._staging.branch} was discarded meanwhile")
+        staged = self._staging.required()
         built = self._complete(self._shards(contents, staged), contents)
         try:
             return self._show(built, contents.marker)
@@ -184,13 +183,14 @@ class Publisher:
         self._writer.create_branch(self.hidden_branch, start=DEFAULT_BRANCH)
         hidden = self._writer.state(self.hidden_branch)
         if hidden is None:
-            raise Cancelled(f"{self._writer.repo_id} was removed while this ran")
+            self._writer.check_still_there()
+            raise Cancelled(f"the branch {self.hidden_branch} was removed while this ran")
         return self.hidden_branch, hidden
 
     @property
     def hidden_branch(self) -> str:
         """Where the commit is made that a new branch is then pointed at."""
-        return f"{self._staging.branch}-result"
+        return self._staging.branch + RESULT
 
     def _point_at(self, commit: str) -> bool:
         """Make the target branch at a commit; say whether it is there and nowhere else."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import TypeGuard
 from pissa_core.adapters.disk import disk_errors, make_folder
 from pissa_core.adapters.hub.changes import same
 from pissa_core.adapters.hub.client import HubClient, HubFile, Pinned
+from pissa_core.adapters.hub.pacing import Pace
 from pissa_core.adapters.hub.publishing import Publisher, Target, is_occupied
 from pissa_core.adapters.hub.source import HubSource
-from pissa_core.adapters.hub.staging import KEPT, Staging, sweep_stale
+from pissa_core.adapters.hub.staging import Staging
+from pissa_core.adapters.hub.sweeping import KEPT, sweep_stale
 from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, HubWriter
 from pissa_core.adapters.local.scratch import (
     discard_old,
@@ -23,6 +25,7 @@ from pissa_core.adapters.local.scratch import (
     open_scratch,
     remove_if_empty,
     remove_scratch,
+    share,
     slug,
 )
 from pissa_core.errors import Cancelled, OutputExists, OutputIsSource
@@ -64,6 +67,7 @@ class HubSink:
         endpoint: str | None = None,
         client: HubClient | None = None,
         writer: HubWriter | None = None,
+        pace: Pace | None = None,
     ) -> None:
         """Aim at a repo; nothing is opened yet.
 
@@ -76,6 +80,7 @@ class HubSink:
             endpoint: the Hub's address; None uses the process's own.
             client: used in place of one made from `token` and `endpoint`.
             writer: used in place of one made from `client`.
+            pace: how often to commit.
         """
         self._repo_id = ref.repo_id
         self._branch = ref.revision or DEFAULT_BRANCH
@@ -83,8 +88,8 @@ class HubSink:
         self._writer = writer or HubWriter(
             client or HubClient(token=token, endpoint=endpoint), ref.repo_id
         )
-        self._staging = Staging(self._writer, digest)
         self._scratch = scratch / digest
+        self._staging = Staging(self._writer, digest, self._scratch, pace)
         self._commit: str | None = None
 
     @property
@@ -133,6 +138,10 @@ class HubSink:
         """Read a shard's seal from the staging branch; neither of its files is downloaded."""
         return self._staging.seal_of(shard)
 
+    def seals_of(self, shards: Sequence[str]) -> tuple[Seal | None, ...]:
+        """Read seals from the staging branch, whose files are listed once."""
+        return self._staging.seals_of(shards)
+
     def adopt(self, shard: str, source: CheckpointSource, path: str) -> Seal | None:
         """Seal a shard that stays as it is by a copy within the Hub, if the Hub can."""
         if not self._is_on_this_hub(source):
@@ -143,7 +152,10 @@ class HubSink:
         self._staging.open(private=self._options.private)
         empty = hashlib.sha256(b"").hexdigest()
         record = Seal(shard, info.sha256, info.size, part_sha256=empty, part_size=0, rows=())
-        return record if self._staging.adopt(record, source, path) else None
+        with disk_errors(self._scratch):
+            sealed = self._staging.adopt(record, source, path)
+        remove_if_empty(self._scratch)
+        return record if sealed else None
 
     @contextmanager
     def attempt(self, shard: str) -> Iterator[Attempt]:
@@ -180,15 +192,28 @@ class HubSink:
         """Make one commit on the target branch: copies of what is staged, and what is made now."""
         if self.published() is not None:
             return
-        work = self._scratch / _PUBLISHING
-        with disk_errors(work):
-            folder, lock = open_scratch(work)
-            try:
-                self._commit = self._publisher(folder).publish(contents)
-            finally:
-                remove_scratch(folder)
-                os.close(lock)
-                remove_if_empty(work, self._scratch)
+        with disk_errors(self._scratch), self._publishing() as folder:
+            self._commit = self._publisher(folder).publish(contents)
+
+    @property
+    def publishing_folder(self) -> Path:
+        """Where what is not staged lies while it is being sent."""
+        return self._scratch / _PUBLISHING
+
+    @contextmanager
+    def _publishing(self) -> Iterator[Path]:
+        """Make a folder for one attempt at publishing, removing what dead ones left."""
+        work = self.publishing_folder
+        shared = share(work)
+        folder, lock = open_scratch(work)
+        try:
+            yield folder
+        finally:
+            remove_scratch(folder)
+            os.close(lock)
+            (work / "lock").unlink(missing_ok=True)
+            os.close(shared)
+            remove_if_empty(work, self._scratch)
 
     def discard(self, *, keep_sealed: bool = False) -> None:
         """Remove the staging branch, and scratch that no live attempt on this machine holds."""

@@ -7,45 +7,41 @@ on any machine goes on from it::
       staged/<shard>/shard.safetensors   the finished shard, or the source's own where it stays
       staged/<shard>/part.safetensors    its factors; none for a shard that stays as it is
       staged/<shard>/seal.json           the record that both are done, in the same commit
+      staged/begun.json                  in the branch's first commit, from which its age counts
       staged/published.json              the marker of the result about to become visible
-
-A branch that nobody has added to for `KEPT` is stale: the next job for the same repo removes it.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationCopy
 
-from pissa_core.adapters.hub.changes import Change, Operation, described, same
+from pissa_core.adapters.hub.changes import Change, described, same
 from pissa_core.adapters.hub.client import HubFile, Pinned
+from pissa_core.adapters.hub.pacing import Pace
+from pissa_core.adapters.hub.pending import Pending, Ready
+from pissa_core.adapters.hub.sealing import Sealing, seals_in
 from pissa_core.adapters.hub.source import HubSource
+from pissa_core.adapters.hub.sweeping import PREFIX
 from pissa_core.adapters.hub.uploading import Outgoing
-from pissa_core.adapters.hub.waiting import Pause, pause
 from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, CannotCopy, HubWriter, Moved
 from pissa_core.adapters.local.scratch import slug
-from pissa_core.errors import Cancelled, RateLimited
+from pissa_core.errors import Cancelled
 from pissa_core.ports import Seal
 
-PREFIX = "pissa-staging-"
-KEPT = timedelta(days=7)
-"""How long a staging branch may lie untouched before it is swept."""
-
-COMMITS_AN_HOUR = 100
-"""Seals of one job an hour; the Hub has been seen to refuse from 128 commits an hour on."""
+SCHEMA = 1
+"""Of seal records; one of another schema is none to us, and its shard is done again."""
 
 _ANNOUNCED = "staged/published.json"
-_HOUR = timedelta(hours=1)
+_BEGUN = "staged/begun.json"
 
 
 @dataclass(slots=True)
@@ -70,14 +66,32 @@ class _Reading:
 class Staging:
     """What of one result is done, and the doing of it."""
 
-    def __init__(self, writer: HubWriter, digest: str) -> None:
-        """Open no connection yet."""
+    def __init__(
+        self, writer: HubWriter, digest: str, folder: Path, pace: Pace | None = None
+    ) -> None:
+        """Open no connection yet.
+
+        Args:
+            writer: to the repo.
+            digest: of the result.
+            folder: shared by all attempts at this result on this machine.
+            pace: how often to commit.
+        """
         self._writer = writer
         self.branch = PREFIX + digest
-        self._seals: dict[str, tuple[Seal, Mapping[str, HubFile]]] = {}
+        self._seals: dict[str, tuple[Seal, Mapping[str, HubFile]] | None] = {}
         self._reading: _Reading | None = None
+        self._listed: Pinned | None = None  # where parts are read from, once all are there
         self._seen = False
-        self._sending = threading.Lock()
+        self._opening, self._sending = threading.Lock(), threading.Lock()
+        self._sealing = Sealing(
+            writer,
+            self.branch,
+            pending=Pending(folder / ".sealing"),  # no shard's folder: it has no digest
+            pace=pace or Pace(),
+            required=self.required,
+            is_sealed=lambda shard, state: self.seal_of(shard, state) is not None,
+        )
 
     def state(self) -> Pinned | None:
         """Return the branch's commit and files; None where there is none."""
@@ -85,11 +99,30 @@ class Staging:
         self._seen = self._seen or state is not None
         return state
 
+    def required(self) -> Pinned:
+        """Return the branch's commit and files.
+
+        Raises:
+            Cancelled: if the branch was removed meanwhile.
+            AccessError: if the repo was, or the token is no longer good.
+        """
+        state = self.state()
+        if state is None:
+            self._writer.check_still_there()
+            raise Cancelled(f"the staging branch {self.branch} was discarded meanwhile")
+        return state
+
     def open(self, *, private: bool) -> None:
         """Make the repo and the branch, where they are missing."""
-        if not self._seen and self.state() is None:
+        with self._opening:
+            if self._seen or self.state() is not None:
+                return
             self._writer.create_repo(private=private)
             self._writer.create_branch(self.branch, start=DEFAULT_BRANCH)
+            state = self.required()
+            if _BEGUN not in state.files:
+                with suppress(Moved):
+                    self._note(_BEGUN, b"{}", state, "Begin")
 
     def seal_of(self, shard: str, state: Pinned | None = None) -> Seal | None:
         """Return a shard's seal, if both files are as they were when it was sealed."""
@@ -97,9 +130,21 @@ class Staging:
         entry = None if state is None else state.files.get(_seal_path(shard))
         if state is None or entry is None:
             return None
-        seal, files = self._read_seal(state, shard, entry)
+        found = self._read_seal(state, shard, entry)
+        if found is None:
+            return None
+        seal, files = found
         intact = all(same(state.files.get(path), file) for path, file in files.items())
         return seal if intact else None
+
+    def seals_of(self, shards: Sequence[str]) -> tuple[Seal | None, ...]:
+        """Return the seals of several shards, by one look at the branch.
+
+        Raises:
+            Cancelled, AccessError: as `required` does.
+        """
+        state = self._listed = self.required()
+        return tuple(self.seal_of(shard, state) for shard in shards)
 
     def seal(self, record: Seal, shard: Path, part: Path) -> None:
         """Send both files and commit them with their seal; the first to do so wins.
@@ -107,14 +152,14 @@ class Staging:
         Raises:
             Cancelled: if the branch was removed meanwhile.
         """
-        if self.seal_of(record.shard, self._required()) is not None:
+        if self.seal_of(record.shard, self.required()) is not None:
             return
         outgoing = [
             Outgoing(_part_path(record.shard), part, record.part_sha256),
             Outgoing(_shard_path(record.shard), shard, record.sha256),
         ]
         files = {file.path: described(file.content, sha256=file.sha256) for file in outgoing}
-        self._commit_seal(record, files, outgoing)
+        self._sealing.commit(self._ready(record, files, outgoing))
 
     def adopt(self, record: Seal, source: HubSource, origin: str) -> bool:
         """Seal a shard that stays as it is by a copy within the Hub; say whether it could be."""
@@ -126,9 +171,9 @@ class Staging:
             src_repo_id=source.repo_id,
             src_repo_type="model",
         )
+        files = {path: HubFile(record.size, None, record.sha256)}
         try:
-            files = {path: HubFile(record.size, None, record.sha256)}
-            self._commit_seal(record, files, copies=[copy])
+            self._sealing.commit(self._ready(record, files, copies=[copy]))
         except CannotCopy:
             return False
         return True
@@ -153,16 +198,11 @@ class Staging:
         """Note what is about to become visible; return the commit that holds the note."""
         content = json.dumps(announced, sort_keys=True).encode()
         while True:
-            state = self._required()
+            state = self.required()
             if same(state.files.get(_ANNOUNCED), described(content)):
                 return state.commit
-            sent = self._writer.upload([Outgoing(_ANNOUNCED, content)], self.branch)
-            wanted = {_ANNOUNCED: described(content)}
-            try:
-                change = Change(sent, wanted, "Announce the result")
-                return self._writer.commit(change, branch=self.branch, parent=state.commit)
-            except Moved:
-                continue
+            with suppress(Moved):
+                return self._note(_ANNOUNCED, content, state, "Announce the result")
 
     def announced(self) -> Mapping[str, Any] | None:
         """Return what was noted before a result was made visible."""
@@ -174,71 +214,50 @@ class Staging:
 
     def discard(self) -> None:
         """Remove the branch and all that is on it."""
-        self._seen = False
+        self._seen, self._listed = False, None
         self._writer.delete_branch(self.branch)
 
     def is_empty(self) -> bool:
         """Whether nothing is sealed."""
         state = self.state()
-        return state is None or not _seals_in(state)
+        return state is None or not seals_in(state)
 
-    def _commit_seal(
+    def _ready(
         self,
         record: Seal,
         files: Mapping[str, HubFile],
         outgoing: Sequence[Outgoing] = (),
-        copies: Sequence[Operation] = (),
-    ) -> None:
-        # Shards of one process in turn: they share one line, and none sends what another just has.
-        with self._sending:
-            path = _seal_path(record.shard)
-            text = {"seal": asdict(record), "files": {name: asdict(f) for name, f in files.items()}}
-            content = json.dumps(text, sort_keys=True).encode()
+        copies: Sequence[CommitOperationCopy] = (),
+    ) -> Ready:
+        """Send all that a commit of a seal only names."""
+        path = _seal_path(record.shard)
+        text = {
+            "schema": SCHEMA,
+            "seal": asdict(record),
+            "files": {name: asdict(file) for name, file in files.items()},
+        }
+        content = json.dumps(text, sort_keys=True).encode()
+        with self._sending:  # in turn: what goes at once shares one line anyway
             sent = self._writer.upload([*outgoing, Outgoing(path, content)], self.branch)
-            change = Change(
-                [*copies, *sent], {**files, path: described(content)}, f"Seal {record.shard}"
-            )
-            while True:
-                state = self._required()
-                if self.seal_of(record.shard, state) is not None:  # another was first
-                    return
-                self._keep_pace(state)
-                try:
-                    self._writer.commit(change, branch=self.branch, parent=state.commit)
-                except Moved:
-                    time.sleep(random.uniform(0, 0.2))
-                else:
-                    return
+        return Ready(record.shard, (*copies, *sent), {**files, path: described(content)})
 
-    def _keep_pace(self, state: Pinned) -> None:
-        """Wait, if this job has committed so often that the Hub may soon refuse."""
-        if _seals_in(state) < COMMITS_AN_HOUR:
-            return
-        times = [at for _, at in self._writer.history(state.commit)]
-        seconds = pace_s(times, datetime.now(UTC))
-        if seconds > 0:
-            error = RateLimited(f"{COMMITS_AN_HOUR} shards were sealed within the hour")
-            pause(Pause(error, seconds), self._writer.client.on_wait)
-
-    def _required(self) -> Pinned:
-        state = self.state()
-        if state is None:
-            raise Cancelled(f"the staging branch {self.branch} was discarded meanwhile")
-        return state
+    def _note(self, path: str, content: bytes, state: Pinned, message: str) -> str:
+        sent = self._writer.upload([Outgoing(path, content)], self.branch)
+        change = Change(sent, {path: described(content)}, message)
+        return self._writer.commit(change, branch=self.branch, parent=state.commit)
 
     def _read_seal(
         self, state: Pinned, shard: str, entry: HubFile
-    ) -> tuple[Seal, Mapping[str, HubFile]]:
+    ) -> tuple[Seal, Mapping[str, HubFile]] | None:
         known = entry.sha256 or entry.blob_id or ""
         if known not in self._seals:
-            text = json.loads(self._writer.read(state, _seal_path(shard)))
-            seal = Seal(**{**text["seal"], "rows": tuple(text["seal"]["rows"])})
-            files = {path: HubFile(**file) for path, file in text["files"].items()}
-            self._seals[known] = seal, files
+            self._seals[known] = _parsed(self._writer.read(state, _seal_path(shard)))
         return self._seals[known]
 
     def _begin(self, path: str, start: int) -> _Reading:
-        state = self._required()
+        state = self._listed
+        if state is None or path not in state.files:
+            state = self._listed = self.required()
         size = state.files[path].size
         chunks = self._writer.client.stream(
             self._writer.repo_id, state.commit, path, start=start, stop=size, size=size
@@ -246,36 +265,14 @@ class Staging:
         return _Reading(state.commit, path, start, chunks)
 
 
-def pace_s(times: list[datetime], now: datetime) -> float:
-    """Return how long to wait so that no hour sees more than `COMMITS_AN_HOUR` commits.
-
-    Args:
-        times: when each commit was made, newest first.
-        now: the time.
-    """
-    if len(times) < COMMITS_AN_HOUR:
-        return 0.0
-    return max(0.0, (times[COMMITS_AN_HOUR - 1] + _HOUR - now).total_seconds())
-
-
-def sweep_stale(writer: HubWriter, *, but: str, now: datetime | None = None) -> list[str]:
-    """Remove staging branches of other results that nobody has added to for `KEPT`."""
-    swept = []
-    for branch in writer.branches():
-        if not branch.startswith(PREFIX) or branch == but:
-            continue
-        state = writer.state(branch)
-        if state is None or not _seals_in(state):
-            continue  # nothing is lost with it, and its first shard may be in the making
-        history = writer.history(state.commit)
-        if history and history[0][1] < (now or datetime.now(UTC)) - KEPT:
-            writer.delete_branch(branch)
-            swept.append(branch)
-    return swept
-
-
-def _seals_in(state: Pinned) -> int:
-    return sum(path.startswith("staged/") and path.endswith("/seal.json") for path in state.files)
+def _parsed(content: bytes) -> tuple[Seal, Mapping[str, HubFile]] | None:
+    """Read a seal record; None if it is none that this version writes."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):
+        text = json.loads(content)
+        if text["schema"] == SCHEMA:
+            seal = Seal(**{**text["seal"], "rows": tuple(text["seal"]["rows"])})
+            return seal, {path: HubFile(**file) for path, file in text["files"].items()}
+    return None
 
 
 def _folder(shard: str) -> str:

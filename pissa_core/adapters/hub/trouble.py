@@ -96,6 +96,14 @@ class Subject:
             hint="run again to convert the repo as it is now",
         )
 
+    def gone(self) -> RepoNotFound:
+        """Say that a repo that was there is not."""
+        return RepoNotFound(
+            f"{self.repo_id} was there when this began, and the Hub at {self.host} has it no more, "
+            "or no longer shows it to this token",
+            hint="if it was removed or renamed on purpose, run the same again: it is made anew",
+        )
+
     def not_allowed(self, says: str = "") -> NoWriteAccess:
         """Say that the repo may not be written."""
         who = "with this token" if self.with_token else "without a token"

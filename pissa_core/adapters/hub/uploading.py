@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.lfs import UploadInfo
 
 from pissa_core.adapters.hub.trouble import TROUBLES
 from pissa_core.errors import NoWriteAccess
@@ -35,6 +36,25 @@ def addition_of(file: Outgoing) -> CommitOperationAdd:
     addition = CommitOperationAdd(file.path, content)
     if file.sha256 is not None:  # saves a pass over the file
         addition.upload_info.sha256 = bytes.fromhex(file.sha256)
+    return addition
+
+
+def sent_addition(
+    path: str, *, sha256: str, size: int, content: bytes | None
+) -> CommitOperationAdd:
+    """Return the operation for a file that somebody else has sent ahead.
+
+    Args:
+        path: in the repo.
+        sha256: of the content.
+        size: of the content, in bytes.
+        content: of a small file, which goes along with the commit; None for a large one.
+    """
+    addition = CommitOperationAdd(path, content or b"")
+    addition.upload_info = UploadInfo(sha256=bytes.fromhex(sha256), size=size, sample=b"")
+    addition._upload_mode = "lfs" if content is None else "regular"
+    addition._is_uploaded = content is None
+    addition._should_ignore = False
     return addition
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from pissa_core import leaving
 from pissa_core.errors import PissaError
 
 _ENOUGH_PROGRESS = 1 << 20  # bytes that make a failed transfer worth new patience
@@ -103,12 +104,12 @@ class Waiting:
 
 
 def pause(wanted: Pause, notice: Notice | None) -> None:
-    """Sleep, telling whoever wants to know."""
+    """Sleep, telling whoever wants to know; the work may be called off meanwhile."""
     if notice is None:
-        time.sleep(wanted.seconds)
+        leaving.sleep(wanted.seconds)
         return
     notice(wanted)
     try:
-        time.sleep(wanted.seconds)
+        leaving.sleep(wanted.seconds)
     finally:
         notice(None)

@@ -7,10 +7,10 @@ hold before anything else is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import (
@@ -23,6 +23,7 @@ from huggingface_hub.utils import hf_raise_for_status
 
 from pissa_core.adapters.hub.changes import Change
 from pissa_core.adapters.hub.client import HubClient, Pinned
+from pissa_core.adapters.hub.permissions import may_create
 from pissa_core.adapters.hub.trouble import TROUBLES, Subject
 from pissa_core.adapters.hub.uploading import (
     Outgoing,
@@ -129,6 +130,20 @@ class HubWriter:
             return None
 
         return self._ask(ask)
+
+    def check_still_there(self) -> None:
+        """Say why what was found in the repo before is not, if the repo itself is the reason.
+
+        Raises:
+            TokenInvalid: if the token was revoked meanwhile.
+            RepoNotFound: if the repo was removed meanwhile, or is out of the token's sight.
+        """
+        if self.is_private() is not None:
+            return
+        subject = self._writing()
+        if subject.with_token:
+            self.client.call(self.client.api.whoami, subject, self._patiences.transfer)
+        raise subject.gone()
 
     def create_repo(self, *, private: bool) -> None:
         """Make the repo, unless it is there."""
@@ -271,27 +286,6 @@ class HubWriter:
 
     def _writing(self) -> Subject:
         return self.client.subject(self.repo_id, None, writing=True)
-
-
-def may_create(who: Mapping[str, Any], owner: str) -> bool:
-    """Say, from the Hub's answer about a token, whether it may make repos for a user or org."""
-    token = (who.get("auth") or {}).get("accessToken") or {}
-    if token.get("role") == "read":
-        return False
-    if token.get("role") == "fineGrained":
-        scopes = (token.get("fineGrained") or {}).get("scoped") or []
-        return any(
-            _is(scope.get("entity") or {}, owner) and "repo.write" in scope.get("permissions", ())
-            for scope in scopes
-        )
-    if _is(who, owner):
-        return True
-    org = next((org for org in who.get("orgs") or () if _is(org, owner)), None)
-    return org is not None and org.get("roleInOrg") not in ("read", "no_access")
-
-
-def _is(entity: Mapping[str, Any], name: str) -> bool:
-    return str(entity.get("name", "")).lower() == name.lower()
 
 
 def _is_about_copying(error: HfHubHTTPError) -> bool:

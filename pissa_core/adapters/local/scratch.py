@@ -27,6 +27,8 @@ from pissa_core.adapters.disk import (
 from pissa_core.errors import Cancelled
 from pissa_core.ports import Seal
 
+_POLL_S = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class LocalAttempt:
@@ -111,10 +113,20 @@ def slug(shard: str) -> str:
     return f"{readable}.{hashlib.sha256(os.fsencode(shard)).hexdigest()[:8]}"
 
 
-def _lock_of(folder: Path) -> int | None:
+def share(folder: Path) -> int:
+    """Make a folder for the scratch of several; it cannot be discarded while one shares it."""
+    while True:
+        make_folder(folder)
+        lock = _lock_of(folder, shared=True)
+        if lock is not None:
+            return lock
+        time.sleep(_POLL_S)
+
+
+def _lock_of(folder: Path, *, shared: bool = False) -> int | None:
     """Lock a scratch folder; None if it is held, or vanished meanwhile."""
     try:
-        lock = try_lock(folder / "lock")
+        lock = try_lock(folder / "lock", shared=shared)
     except (FileNotFoundError, NotADirectoryError):
         return None
     if lock is None:
@@ -130,11 +142,22 @@ def _lock_of(folder: Path) -> int | None:
 
 
 def discard_scratch(folder: Path) -> bool:
-    """Remove a dead attempt's scratch; say whether a live one still holds it."""
+    """Remove a dead attempt's scratch, or a file it held; say whether a live one still does."""
+    if folder.is_file():
+        return _discard_file(folder)
     lock = _lock_of(folder)
     if lock is None:
         return folder.exists()
     remove_scratch(folder)
+    os.close(lock)
+    return False
+
+
+def _discard_file(path: Path) -> bool:
+    lock = try_lock(path)
+    if lock is None:
+        return True
+    path.unlink(missing_ok=True)
     os.close(lock)
     return False
 
@@ -165,14 +188,15 @@ def remove_if_empty(*folders: Path) -> None:
 def discard_old(root: Path, age: timedelta) -> None:
     """Remove scratch that dead attempts left below ``root/RESULT/SHARD/`` and nobody takes up."""
     oldest = time.time() - age.total_seconds()
-    for folder in root.glob("*/*/*"):
+    for path in root.glob("*/*/*"):
         with suppress(FileNotFoundError):  # another attempt does the same
-            if _last_written(folder) < oldest:
-                discard_scratch(folder)
+            if _last_written(path) < oldest:
+                discard_scratch(path)
 
 
-def _last_written(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+def _last_written(path: Path) -> float:
+    paths = [path, *path.iterdir()] if path.is_dir() else [path]
+    return max(each.stat().st_mtime for each in paths)
 
 
 def remove_scratch(folder: Path) -> None:

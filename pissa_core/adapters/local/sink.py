@@ -18,7 +18,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class LocalSink:
     """A folder that appears, complete, by one rename."""
 
     revision = None
+    publishing_folder = None
 
     def __init__(self, folder: Path, *, digest: str) -> None:
         """Aim at `folder`; `digest` names the staging area beside it."""
@@ -122,6 +123,10 @@ class LocalSink:
         record_path.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         return None
+
+    def seals_of(self, shards: Sequence[str]) -> tuple[Seal | None, ...]:
+        """Return the seals of several shards."""
+        return tuple(self.seal_of(shard) for shard in shards)
 
     def adopt(self, shard: str, source: CheckpointSource, path: str) -> None:
         """Never: every byte of a result comes here."""

@@ -1,0 +1,121 @@
+"""What an attempt on the Hub leaves behind, and what it asks the Hub for again and again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hub_tools import OUT
+from places import make_seal, named_seal_in, publication, seal_in
+
+from pissa_core.adapters.hub.pending import Pending, Ready
+from pissa_core.adapters.hub.staging import SCHEMA
+from pissa_core.adapters.hub.sweeping import PREFIX
+from pissa_core.adapters.ledger import Ledger
+from pissa_core.adapters.local.scratch import discard_result, open_scratch, share
+
+SHARD = "model.safetensors"
+
+
+def looks(hub, sink, shards: list[str]) -> int:
+    """Publish these shards; return how often the staging branch was listed for it."""
+    before = len(hub.requests(rf"/revision/{PREFIX}"))
+    seals = sink.seals_of(shards)
+    assert all(seals)
+
+    def adapter():
+        for seal in seals:
+            yield sink.read_part(seal.shard, 0, seal.part_size)
+
+    sink.publish(publication(shards=seals, streams={"init/adapter.bin": adapter}))
+    return len(hub.requests(rf"/revision/{PREFIX}")) - before
+
+
+def test_publishing_lists_what_is_staged_as_often_for_many_shards_as_for_one(hub, open_hub_sink):
+    token, counts = hub.create_token("somebody"), []
+    for digest, many in (("one", 1), ("eight", 8)):
+        shards = [f"{digest}-{n}.safetensors" for n in range(many)]
+        working = open_hub_sink(f"somebody/{digest}", token, digest)
+        for shard in shards:
+            named_seal_in(working, shard)
+        fresh = open_hub_sink(f"somebody/{digest}", token, digest, machine="there")
+        counts.append(looks(hub, fresh, shards))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("text", [{"schema": SCHEMA + 1}, {}, [], "no record at all"])
+def test_a_seal_of_another_schema_is_none_and_its_shard_is_sealed_again(hub, open_hub_sink, text):
+    sink = open_hub_sink(OUT, hub.create_token("somebody"))
+    seal_in(sink)
+    repo = hub.repos[OUT]
+    (path,) = [name for name in repo.resolve(PREFIX + "d1").files if name.endswith("seal.json")]
+    blob = repo.resolve(PREFIX + "d1").files[path].blob
+    found = json.loads(blob.read(0, blob.size))
+    assert found["schema"] == SCHEMA
+    written = {**found, "schema": None, **text} if isinstance(text, dict) else text
+    repo.commit({path: json.dumps(written).encode()}, branch=PREFIX + "d1")
+    assert sink.seal_of(SHARD) is None
+    assert sink.seals_of([SHARD]) == (None,)
+    seal_in(sink)
+    assert sink.seal_of(SHARD) == make_seal()
+
+
+def leave_publishing(sink) -> Path:
+    """Do as an attempt that is killed while it publishes."""
+    shared = share(sink.publishing_folder)
+    folder, lock = open_scratch(sink.publishing_folder)
+    (folder / "adapter").write_bytes(bytes(5000))
+    os.close(lock)
+    os.close(shared)
+    return folder
+
+
+def test_what_a_killed_publisher_left_counts_and_makes_room_in_time(hub, open_hub_sink, tmp_path):
+    sink = open_hub_sink(OUT, hub.create_token("somebody"))
+    ledger = Ledger(tmp_path / "here", 10_000)
+    with ledger.try_hold(6000, sink.publishing_folder, waited_s=0):
+        left = leave_publishing(sink)
+    assert ledger.try_hold(6000, None, waited_s=0) is None
+    assert left.exists()
+    assert ledger.try_hold(6000, None, waited_s=11) is None
+    assert not left.exists()
+    held = ledger.try_hold(6000, None, waited_s=11)
+    assert held is not None
+    ledger.release(held)
+
+
+def test_what_a_living_publisher_holds_is_left_to_it(hub, open_hub_sink, tmp_path):
+    sink = open_hub_sink(OUT, hub.create_token("somebody"))
+    ledger = Ledger(tmp_path / "here", 10_000)
+    with ledger.try_hold(6000, sink.publishing_folder, waited_s=0):
+        leave_publishing(sink)
+    with sink._publishing() as folder:
+        (folder / "adapter").write_bytes(b"half of it")
+        assert ledger.try_hold(6000, None, waited_s=11) is None
+        assert (folder / "adapter").exists()
+    ledger.sweep()
+    assert not list((tmp_path / "here").glob("**/*"))
+
+
+def test_publishing_again_removes_what_a_killed_attempt_left(hub, open_hub_sink, tmp_path):
+    sink = open_hub_sink(OUT, hub.create_token("somebody"))
+    left = leave_publishing(sink)
+    seal_in(sink)
+    sink.publish(publication())
+    assert not left.exists()
+    assert not list((tmp_path / "here").glob("**/*"))
+
+
+def test_records_of_the_dead_go_with_the_result_and_those_of_the_living_stay(tmp_path):
+    waiting = Pending(tmp_path / "d1" / ".sealing")
+    with waiting.joined(Ready("living", (), {})) as record:
+        dead = record.with_name("dead.ready")
+        dead.write_text("{}")
+        discard_result(tmp_path / "d1")
+        assert record.exists()
+        assert not dead.exists()
+        dead.write_text("{}")
+    discard_result(tmp_path / "d1")
+    assert not list(tmp_path.iterdir())
