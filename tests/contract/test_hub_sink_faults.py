@@ -58,11 +58,11 @@ def undisturbed(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         Fault(STAGING, "POST", times=2, status=504, served=True),
         Fault(STAGING, "POST", drop=True, served=True),
         Fault("/revision/pissa-staging-d1$", skip=4, times=2, status=502),
-        Fault("/blobs/", skip=8, cut_after=100),
-        Fault("/blobs/", skip=12, cut_after=100),
-        Fault("/blobs/", skip=8, drip=2000, drip_s=0.02),
-        Fault("/blobs/", skip=8, times=2, status=503),
-        Fault("/blobs/", skip=8, status=429, headers={"Retry-After": "1"}),
+        Fault("/blobs/", skip=4, cut_after=100),
+        Fault("/blobs/", skip=6, cut_after=100),
+        Fault("/blobs/", skip=4, drip=2000, drip_s=0.02),
+        Fault("/blobs/", skip=4, times=2, status=503),
+        Fault("/blobs/", skip=4, status=429, headers={"Retry-After": "1"}),
         Fault(FINAL, "POST", times=2, status=502),
         Fault(FINAL, "POST", status=504, served=True),
         Fault(FINAL, "POST", drop=True, served=True),
@@ -79,7 +79,7 @@ def test_what_passes_leaves_no_trace(
     sink = open_hub_sink(OUT, somebodys_token)
     hub.faults.add(fault)
     run(source, sink)
-    assert fault.times == 0 or fault.skip
+    assert fault.times == 0
     assert shown(hub) == undisturbed
     assert list(hub.repos[OUT].branches) == ["main"]
     assert len(hub.repos[OUT].history("main")) == 2
@@ -93,7 +93,7 @@ def test_what_passes_leaves_no_trace(
         (Fault("/uploads/", "PUT", times=10**6, status=400), HubUnavailable),
         (Fault("/preupload/", "POST", times=10**6, skip=2, status=402), DiskFull),
         (Fault("/commit/", "POST", times=10**6, status=507), DiskFull),
-        (Fault("/blobs/", times=10**6, skip=8, corrupt_at=100), DownloadCorrupt),
+        (Fault("/blobs/", times=10**6, skip=4, corrupt_at=100), DownloadCorrupt),
         (Fault("/commit/", "POST", times=10**6, skip=1, status=403), NoWriteAccess),
         (
             Fault(FINAL, "POST", times=10**6, status=429, headers={"Retry-After": "9999"}),
