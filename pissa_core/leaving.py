@@ -18,13 +18,18 @@ class CalledOff(Exception):
 
 # Of the thread, not an argument: between those who call work off and the call to the Hub that
 # waits deep inside it, nobody else has any use for it.
-_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+_stop: ContextVar[tuple[threading.Event, bool] | None] = ContextVar("stop", default=None)
 
 
 @contextmanager
-def leaving_on(stop: threading.Event) -> Iterator[None]:
-    """Have every `sleep` of this thread end when `stop` is set, while the block is open."""
-    token = _stop.set(stop)
+def leaving_on(stop: threading.Event, *, at_once: bool = False) -> Iterator[None]:
+    """Have every `sleep` of this thread end when `stop` is set, while the block is open.
+
+    Args:
+        stop: set by whoever calls the work off.
+        at_once: the work has lost its right to go on, so that `check` raises, too.
+    """
+    token = _stop.set((stop, at_once))
     try:
         yield
     finally:
@@ -37,8 +42,19 @@ def sleep(seconds: float) -> None:
     Raises:
         CalledOff: as soon as the work is called off.
     """
-    stop = _stop.get()
-    if stop is None:
+    found = _stop.get()
+    if found is None:
         time.sleep(seconds)
-    elif stop.wait(seconds):
+    elif found[0].wait(seconds):
+        raise CalledOff
+
+
+def check() -> None:
+    """Go on, unless the right to is lost.
+
+    Raises:
+        CalledOff: if it is.
+    """
+    found = _stop.get()
+    if found is not None and found[1] and found[0].is_set():
         raise CalledOff

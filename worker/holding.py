@@ -44,7 +44,7 @@ class Hold:
 
     def __enter__(self) -> Hold:
         """Begin to renew."""
-        self._waits.enter_context(leaving_on(self._leave))
+        self._waits.enter_context(leaving_on(self._leave, at_once=True))
         self._thread.start()
         return self
 

@@ -392,7 +392,7 @@ def test_a_token_that_is_revoked_midway_is_said_to_be(hub, open_hub_sink, status
 def test_one_whose_lease_is_over_seals_nothing(hub, open_hub_sink, machine):
     sink, stop = open_hub_sink(OUT, hub.create_token("somebody")), threading.Event()
     stop.set()
-    with leaving.leaving_on(stop), pytest.raises(leaving.CalledOff):
+    with leaving.leaving_on(stop, at_once=True), pytest.raises(leaving.CalledOff):
         named_seal_in(sink, "a")
     assert machine.sealed(["a"]) == set()
     assert machine.waiting() == 0

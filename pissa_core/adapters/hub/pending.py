@@ -114,9 +114,9 @@ class Pending:
 
     def tidy(self) -> None:
         """Remove what the dead left, and the folder once nobody waits there."""
-        for path in self._folder.glob("*.ready"):
-            _read_living(path)
-        with suppress(OSError):
+        with suppress(OSError):  # others tidy up, too
+            for path in self._folder.glob("*.ready"):
+                _read_living(path)
             if not [path for path in self._folder.iterdir() if path.name != "lock"]:
                 (self._folder / "lock").unlink(missing_ok=True)
                 self._folder.rmdir()

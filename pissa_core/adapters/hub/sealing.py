@@ -59,7 +59,7 @@ class Sealing:
         with self._pending.joined(ready) as record, self._pending.turn(record):
             alone = False
             while not self._is_sealed(ready.shard, state := self._required()):
-                leaving.sleep(0)  # whoever has lost its lease seals nothing
+                leaving.check()  # whoever has lost its lease seals nothing
                 if self._has_paused(state):
                     continue
                 others = [] if alone else self._pending.beside(record)
