@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,23 @@ from cages import fill, limit_memory, memory_cage, small_disk
 from client import Client
 from household import Household, free_port, household, make_household
 from recipes import EXACT
-from worker_tools import checksums, leftovers, wait_for, write_llama
+from worker_tools import checksums, kill_tree, leftovers, wait_for, write_llama
 
 pytestmark = pytest.mark.chaos
 
-BODY = {"model": "./m", "output": "./place/out", "pissa": EXACT}
+OUTPUT = "./place/out"
+BODY = {"model": "./m", "output": OUTPUT, "pissa": EXACT}
+INITIAL = "./pair/pissa_init"
+BODIES: Mapping[str, dict[str, Any]] = {
+    "base-to-pissa": BODY,
+    "pissa-to-lora": {
+        "kind": "pissa-to-lora", "trained": INITIAL, "initial": INITIAL, "output": OUTPUT,
+    },
+    "pissa-to-base": {
+        "kind": "pissa-to-base", "residual": "./pair", "adapter": INITIAL, "output": OUTPUT,
+    },
+}  # fmt: skip
+"""A job of each kind that writes; the ways back begin with a pair made from the same model."""
 HIDDEN = 4096  # of a matrix of 64 MiB, which needs several times that in flight
 
 
@@ -57,8 +70,8 @@ def wait_for_event(home: Household, client: Client, job_id: str, kind: str) -> N
     wait_for(told, f"{kind} of {job_id}", 120)
 
 
-def undisturbed(home: Household, client: Client) -> dict[str, str]:
-    job = end_of(home, client, client.submit(BODY, "undisturbed"))
+def undisturbed(home: Household, client: Client, body: Mapping[str, Any] = BODY) -> dict[str, str]:
+    job = end_of(home, client, client.submit(dict(body), "undisturbed"))
     assert job["status"] == "succeeded", job
     output = home.folder / "models" / "place" / "out"
     found = checksums(output)
@@ -66,14 +79,21 @@ def undisturbed(home: Household, client: Client) -> dict[str, str]:
     return found
 
 
+@pytest.mark.parametrize("kind", BODIES)
 def test_a_disk_that_fills_up_is_told_of_and_a_resume_goes_on(
-    home: Household, client: Client
+    home: Household, client: Client, kind: str
 ) -> None:
+    pair = end_of(home, client, client.submit({**BODY, "output": "./pair"}, "pair"))
+    assert pair["status"] == "succeeded", pair
     with small_disk(home.folder / "models" / "place", 40 << 20) as place:
-        expected = undisturbed(home, client)
-        job_id = client.submit(BODY, "full")
+        expected = undisturbed(home, client, BODIES[kind])
+        node = compute_node(home)
+        # What is quick would be done before the disk is full.
+        kill_tree(node.pid, signal.SIGSTOP)
+        job_id = client.submit(BODIES[kind], "full")
         wait_for_event(home, client, job_id, "planned")
         ballast = fill(place)
+        kill_tree(node.pid, signal.SIGCONT)
         job = end_of(home, client, job_id)
         assert job["error"]["code"] == "disk_full", job
         assert not (place / "out").exists()
