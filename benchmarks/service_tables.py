@@ -42,18 +42,32 @@ def _step(step: dict) -> str:
 
 def chaos(result: dict) -> str:
     """Tell how many rounds of chaos were played, with what, and how they ended."""
-    faults, jobs = dict(result["faults"]), result["jobs"]
-    failed = result["failed_rounds"]
-    ended = "all ended as they should" if not failed else f"{len(failed)} failed: {failed}"
+    faults, jobs, seconds = dict(result["faults"]), result["jobs"], result["seconds_a_round"]
+    kinds, places = (_listed(result[name]) for name in ("kinds", "places"))
     return "\n\n".join(
         [
             "## Chaos",
             f"`make test-chaos` ([what it does](../docs/faults.md)): {result['rounds']} rounds, "
-            f"{ended}. {jobs['all']} jobs, {result['cancelled']} of them to be cancelled and "
-            f"{result['resumed']} resumed; {faults.pop('all')} faults; "
+            f"{_endings(result)}. {jobs['all']} jobs ({kinds}), {result['cancelled']} to be "
+            f"cancelled and {result['resumed']} resumed; {faults.pop('all')} faults; "
             f"{result['streams_broken_and_gone_on']} streams of events that broke off and were "
-            f"taken up again. A round took {result['seconds_a_round']['median']:.0f} s (median).",
+            f"taken up again. Where results went: {places}. A round took {seconds['median']:.0f} s "
+            f"(median of {seconds['rounds']} while the machine did nothing else).",
             "| fault | times |\n|---|---:|\n"
             + "\n".join(f"| {kind} | {times} |" for kind, times in faults.items()),
         ]
     ) + "\n"  # fmt: skip
+
+
+def _endings(result: dict) -> str:
+    failed, mended = result["failed_rounds"], result["failed_and_passed_since"]
+    told = f"{len(failed)} failed: {failed}" if failed else "all ended as they should"
+    if not mended:
+        return told
+    return (
+        f"{told}, but for {len(mended)} that failed first and pass since what they found is mended"
+    )
+
+
+def _listed(counts: dict) -> str:
+    return ", ".join(f"{name} {times}" for name, times in counts.items() if name != "all")

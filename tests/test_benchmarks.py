@@ -251,6 +251,7 @@ def test_the_tables_of_the_service_tell_what_was_stored(load):
     assert f"{chaos['rounds']} rounds" in told
     assert "all ended as they should" in told
     assert "1 failed: [7]" in tables.chaos({**chaos, "failed_rounds": [7]})
+    assert "but for 1 that failed" in tables.chaos({**chaos, "failed_and_passed_since": [7]})
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in BENCHMARKS.glob("*.py")))

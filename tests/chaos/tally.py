@@ -42,10 +42,13 @@ def record(script: Script, *, passed: bool, seconds: float, broken: int) -> None
 
 
 def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Sum rounds up: how many, of what, and how they ended."""
+    """Sum rounds up, in the order they were played: how many, of what, and how they ended."""
+    last = {line["seed"]: line["passed"] for line in rounds}
+    failed = {line["seed"] for line in rounds if not line["passed"]}
     return {
         "rounds": len(rounds),
-        "failed_rounds": [line["seed"] for line in rounds if not line["passed"]],
+        "failed_rounds": sorted(seed for seed in failed if not last[seed]),
+        "failed_and_passed_since": sorted(seed for seed in failed if last[seed]),
         "faults": _counted(rounds, "faults"),
         "kinds": _counted(rounds, "kinds"),
         "places": _counted(rounds, "places"),
