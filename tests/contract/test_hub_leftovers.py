@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -10,11 +12,17 @@ import pytest
 from hub_tools import OUT
 from places import make_seal, named_seal_in, publication, seal_in
 
+from pissa_core.adapters.hub import sink as hub_sink
 from pissa_core.adapters.hub.pending import Pending, Ready
 from pissa_core.adapters.hub.staging import SCHEMA
 from pissa_core.adapters.hub.sweeping import PREFIX
 from pissa_core.adapters.ledger import Ledger
-from pissa_core.adapters.local.scratch import discard_result, open_scratch, share
+from pissa_core.adapters.local.scratch import (
+    discard_result,
+    discard_scratch,
+    open_scratch,
+    share,
+)
 
 SHARD = "model.safetensors"
 
@@ -119,3 +127,48 @@ def test_records_of_the_dead_go_with_the_result_and_those_of_the_living_stay(tmp
         dead.write_text("{}")
     discard_result(tmp_path / "d1")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_publisher_that_ends_leaves_another_its_folder(hub, open_hub_sink):
+    sink = open_hub_sink(OUT, hub.create_token("somebody"))
+    with sink._publishing() as folder:
+        with sink._publishing():
+            pass
+        assert discard_scratch(sink.publishing_folder)
+        assert folder.exists()
+    assert not sink.publishing_folder.exists()
+
+
+def test_a_publisher_that_finds_no_room_holds_nothing(hub, open_hub_sink, monkeypatch):
+    sink = open_hub_sink(OUT, hub.create_token("somebody"))
+
+    def no_room(work: Path) -> None:
+        raise OSError(errno.ENOSPC, "no room", str(work))
+
+    monkeypatch.setattr(hub_sink, "open_scratch", no_room)
+    with pytest.raises(OSError, match="no room"), sink._publishing():
+        pass
+    assert not sink.publishing_folder.exists()
+
+
+@pytest.mark.parametrize("tidier", ["still holds it", "is done with it"])
+def test_a_record_that_another_tidies_away_in_the_making_is_made_again(
+    tmp_path, monkeypatch, tidier
+):
+    """Between the moments at which a file is made and locked it looks like one that was left."""
+    waiting, real, met = Pending(tmp_path / "d1" / ".sealing"), fcntl.flock, []
+
+    def tidied(fd: int, how: int) -> None:
+        if not met:
+            met.append(fd)
+            Path(f"/proc/self/fd/{fd}").readlink().unlink()
+            if tidier == "still holds it":
+                raise BlockingIOError
+        real(fd, how)
+
+    with waiting.joined(Ready("living", (), {})) as other:
+        monkeypatch.setattr(fcntl, "flock", tidied)
+        with waiting.joined(Ready("tidied", (), {})):
+            assert [ready.shard for ready in waiting.beside(other)] == ["tidied"]
+    assert met
+    assert not (tmp_path / "d1" / ".sealing").exists()

@@ -122,25 +122,30 @@ class Pending:
                 self._folder.rmdir()
 
     def _leave_record(self, text: bytes) -> tuple[Path, int]:
+        """Leave a record; return it, and its lock."""
+        while True:
+            # Others tidy up at any time, and may take a record in the making for one that was left.
+            with suppress(FileNotFoundError):
+                make_folder(self._folder)
+                left = self._make_record(text)
+                if left is not None:
+                    return left
+
+    def _make_record(self, text: bytes) -> tuple[Path, int] | None:
         """Write a record that is locked before anybody can see it."""
         hidden = self._folder / f".{secrets.token_hex(8)}"
-        lock = self._made(hidden)
+        lock = try_lock(hidden)
+        if lock is None:
+            return None
         try:
-            hidden.write_bytes(text)
+            # Not by its name: that may be gone by now, and a new file would be nobody's.
+            with open(lock, "wb", closefd=False) as file:
+                file.write(text)
             return hidden.rename(self._folder / f"{hidden.name[1:]}.ready"), lock
         except BaseException:
             hidden.unlink(missing_ok=True)
             os.close(lock)
             raise
-
-    def _made(self, hidden: Path) -> int:
-        while True:
-            make_folder(self._folder)
-            with suppress(FileNotFoundError):  # another has just tidied up
-                lock = try_lock(hidden)
-                if lock is None:
-                    raise RuntimeError(f"a fresh lock, {hidden}, is already held")
-                return lock
 
     def _entered(self, record: Path) -> int | None:
         """Return the lock once it is ours; None if its holder does not stir any more."""

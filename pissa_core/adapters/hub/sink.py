@@ -22,6 +22,7 @@ from pissa_core.adapters.hub.writer import DEFAULT_BRANCH, HubWriter
 from pissa_core.adapters.local.scratch import (
     discard_old,
     discard_result,
+    discard_scratch,
     open_scratch,
     remove_if_empty,
     remove_scratch,
@@ -205,15 +206,17 @@ class HubSink:
         """Make a folder for one attempt at publishing, removing what dead ones left."""
         work = self.publishing_folder
         shared = share(work)
-        folder, lock = open_scratch(work)
         try:
-            yield folder
+            folder, lock = open_scratch(work)
+            try:
+                yield folder
+            finally:
+                remove_scratch(folder)
+                os.close(lock)
         finally:
-            remove_scratch(folder)
-            os.close(lock)
-            (work / "lock").unlink(missing_ok=True)
             os.close(shared)
-            remove_if_empty(work, self._scratch)
+            discard_scratch(work)  # unless another attempt shares it
+            remove_if_empty(self._scratch)
 
     def discard(self, *, keep_sealed: bool = False) -> None:
         """Remove the staging branch, and scratch that no live attempt on this machine holds."""

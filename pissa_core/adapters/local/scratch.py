@@ -154,7 +154,10 @@ def discard_scratch(folder: Path) -> bool:
 
 
 def _discard_file(path: Path) -> bool:
-    lock = try_lock(path)
+    try:
+        lock = try_lock(path)
+    except FileNotFoundError:  # others tidy up, too
+        return False
     if lock is None:
         return True
     path.unlink(missing_ok=True)
