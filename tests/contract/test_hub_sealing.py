@@ -396,3 +396,15 @@ def test_one_whose_lease_is_over_seals_nothing(hub, open_hub_sink, machine):
         named_seal_in(sink, "a")
     assert machine.sealed(["a"]) == set()
     assert machine.waiting() == 0
+
+
+def test_a_copy_that_is_called_off_leaves_nothing_here(hub, open_hub, open_hub_sink, machine):
+    hub.cross_repo = True
+    hub.create_repo(IN, files={"a.safetensors": bytes(1000)})
+    token, stop = hub.create_token("somebody"), threading.Event()
+    source, sink = open_hub(IN, token), open_hub_sink(OUT, token)
+    stop.set()
+    with leaving.leaving_on(stop, at_once=True), pytest.raises(leaving.CalledOff):
+        sink.adopt("a.safetensors", source, "a.safetensors")
+    assert machine.sealed(["a.safetensors"]) == set()
+    assert not list(machine.scratch.glob("*"))

@@ -153,9 +153,11 @@ class HubSink:
         self._staging.open(private=self._options.private)
         empty = hashlib.sha256(b"").hexdigest()
         record = Seal(shard, info.sha256, info.size, part_sha256=empty, part_size=0, rows=())
-        with disk_errors(self._scratch):
-            sealed = self._staging.adopt(record, source, path)
-        remove_if_empty(self._scratch)
+        try:
+            with disk_errors(self._scratch):
+                sealed = self._staging.adopt(record, source, path)
+        finally:
+            remove_if_empty(self._scratch)
         return record if sealed else None
 
     @contextmanager
