@@ -17,6 +17,7 @@ from conversions import convert_to, fold_to, verified
 from safetensors.torch import load_file, save_file
 
 from pissa_core.adapters import open_sink, open_source
+from pissa_core.adapters.local import LocalSource
 from pissa_core.engine import carry_out
 from pissa_core.errors import FolderNotFound, NoSafetensors
 from pissa_core.planning import make_plan
@@ -296,6 +297,23 @@ def test_a_side_file_that_is_not_the_originals(made, spoiled):
     make_true(spoiled)
     (fault,) = faults(verified(made / "model", spoiled))
     assert (fault["check"], fault["where"]) == ("side files", "tokenizer.json")
+
+
+def test_a_side_file_of_another_size_is_not_read_of_the_original(made, spoiled, monkeypatch):
+    """It may be of any size: what the operator allows is held against the converted model."""
+    read, stream = [], LocalSource.stream
+
+    def seen(source, path, start, stop):
+        read.append((Path(source.ref), path))
+        return stream(source, path, start, stop)
+
+    monkeypatch.setattr(LocalSource, "stream", seen)
+    (spoiled / "tokenizer.json").write_text("short")
+    make_true(spoiled)
+    (fault,) = faults(verified(made / "model", spoiled))
+    assert (fault["check"], fault["where"]) == ("side files", "tokenizer.json")
+    assert (spoiled, "tokenizer.json") in read
+    assert (made / "model", "tokenizer.json") not in read
 
 
 def edit_shard(pair: Path, edit: Callable[[dict[str, torch.Tensor]], object], name: str) -> None:
