@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import cast
 
@@ -28,9 +29,13 @@ _linear = _find_onednn()
 
 
 def _multiplies_bfloat16() -> bool:
-    # Without these instructions oneDNN widens bfloat16 first, and nothing is gained.
+    # Without these instructions oneDNN widens bfloat16 first, which takes twice the time of
+    # float32, or has no kernel at all. So it does where it is told to leave instructions out,
+    # which torch, when asked, does not know of.
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return _linear is not None and any(getattr(torch.cpu, name, bool)() for name in asked)
+    bound = any(name in os.environ for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"))
+    there = any(getattr(torch.cpu, name, bool)() for name in asked)
+    return _linear is not None and there and not bound
 
 
 BFLOAT16 = _multiplies_bfloat16()  # whether this CPU multiplies bfloat16 faster than float32

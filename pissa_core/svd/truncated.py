@@ -64,9 +64,10 @@ def truncated_svd(
              power of two where the squares of W would overflow or vanish; results float32.
     Error    ``exact``: backward stable. ``lowrank``: what `torch.svd_lowrank` gives. ``auto``: the
              share of the optimal energy sum_{i<=r} sigma_i^2 that is missing is at most `tolerance`
-             by the estimate of `could_be_missing`, which is no bound; below 8e-6, where float32
-             sums of squares say nothing, ``auto`` takes ``exact``. Single vectors inside a
-             cluster around sigma_r are not determined by this, and need not be.
+             by the estimate of `could_be_missing`, which is no bound, with RESOLUTION counted in;
+             below twice RESOLUTION, where float32 sums of squares say nothing, ``auto`` takes
+             ``exact``. Single vectors inside a cluster around sigma_r are not determined by this,
+             and need not be.
     Sign     as it comes; `split_principal` makes it unique.
     Random   the start, from `seed` alone, drawn on the CPU whatever the device. Same bytes on the
              same kind of device with the same number of BLAS threads, whatever else runs.
@@ -132,6 +133,7 @@ def _auto(
     d, device = operator.short, operator.W.device
     if not fits_krylov(d, rank):
         return _by_gram(operator, norm, rank)
+    tolerance -= RESOLUTION  # which every certificate adds
     shape = krylov_shape(d, rank)
     start = random_start(shape.block, d, generator, device)
     share = NOISE * rank

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from spectra import SPECTRA, bulk, missed_energy, with_spectrum
@@ -83,6 +87,28 @@ def test_images_on_the_shorter_side() -> None:
         torch.testing.assert_close(operator.drop(Y).double(), Y.double() @ M, rtol=1e-4, atol=1e-4)
 
 
+_BOUND = """
+import torch
+from pissa_core.svd import truncated_svd
+W = torch.randn(900, 700, generator=torch.Generator().manual_seed(0)).bfloat16()
+found = truncated_svd(W, 4, method="auto", tolerance=1e-2, niter=0, seed=0)
+print(found.method, found.residuals is None)
+"""
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_where_onednn_is_told_to_leave_instructions_out_no_product_is_rough(name: str) -> None:
+    # It has no bfloat16 product of AVX2; torch, asked for the processor, does not know of it.
+    said = subprocess.run(
+        [sys.executable, "-c", _BOUND],
+        env={**os.environ, name: "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said.split() == ["krylov", "True"]
+
+
 @needs_bfloat16
 @pytest.mark.parametrize("shape", [(900, 700), (700, 900)])
 def test_what_roundings_spoil_is_noticed_and_mended(
@@ -97,12 +123,12 @@ def test_what_roundings_spoil_is_noticed_and_mended(
         return Z + 0.3 * Z.norm() / Z.numel() ** 0.5 * torch.randn(Z.shape, generator=noise)
 
     W = SPECTRA["heavy tail over a bulk"](*shape, 8).bfloat16()
-    good = truncated_svd(W, 8, method="auto", tolerance=1e-4, niter=0, seed=0)
+    good = truncated_svd(W, 8, method="auto", tolerance=1e-3, niter=0, seed=0)
     monkeypatch.setattr(Operator, "apply_roughly", spoilt)
-    found = truncated_svd(W, 8, method="auto", tolerance=1e-4, niter=0, seed=0)
+    found = truncated_svd(W, 8, method="auto", tolerance=1e-3, niter=0, seed=0)
     assert good.residuals is not None
     assert found.residuals is None
-    assert missed_energy(W, found.U, found.S, found.Vt) <= 1e-4
+    assert missed_energy(W, found.U, found.S, found.Vt) <= 1e-3
 
 
 def test_the_product_is_the_product() -> None:

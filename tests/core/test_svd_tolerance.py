@@ -41,7 +41,7 @@ def test_auto_delivers_and_certifies(
         found = solve(W, rank, tolerance=tolerance)
         missed = missed_energy(W, found.U, found.S, found.Vt, best=best)
         assert missed <= tolerance
-        assert missed <= certified(W, found) <= tolerance + 4 * RESOLUTION
+        assert missed <= certified(W, found) <= tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,7 +52,7 @@ def test_a_wide_block_that_restarts(spectrum: str, tolerance: float, dtype: torc
     found = solve(W, 48, tolerance=tolerance)
     assert found.method in {"krylov", "gram-krylov"}
     said = certified(W, found)
-    assert missed_energy(W, found.U, found.S, found.Vt) <= said <= tolerance + 4 * RESOLUTION
+    assert missed_energy(W, found.U, found.S, found.Vt) <= said <= tolerance
 
 
 @pytest.mark.parametrize("niter", [0, 1, 4])
@@ -80,7 +80,7 @@ def test_no_seed_is_unlucky(seed: int) -> None:
         for rank in (1, 4):
             found = solve(W, rank, seed=seed)
             missed = missed_energy(W, found.U, found.S, found.Vt)
-            assert missed <= certified(W, found) <= 1.1e-4
+            assert missed <= certified(W, found) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_magnitudes_at_the_ends_of_float32(magnitude: float) -> None:
     W = signs * magnitude
     found = solve(W, 4)
     assert torch.isfinite(found.S).all()
-    assert missed_energy(W, found.U, found.S, found.Vt) <= certified(W, found) <= 1.1e-4
+    assert missed_energy(W, found.U, found.S, found.Vt) <= certified(W, found) <= 1e-4
 
 
 @pytest.mark.parametrize("method", ["auto", "exact", "lowrank"])
