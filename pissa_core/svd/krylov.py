@@ -14,7 +14,7 @@ from pissa_core.svd.orth import orthonormal_rows, split_off
 
 _CHEAP_UP_TO = 200  # a problem of this size costs less than a step
 LEAST_STEPS = 3  # before that, what is missing cannot be judged
-EARLY_STEPS = 3  # up to that, a second block of Ritz values tells little
+EARLY_STEPS = 4  # up to that, a second block of Ritz values tells little
 _SIZES = 128
 _DOUBLE_UP_TO = 256  # a small problem of this size is solved in float64 at no cost to speak of
 GRADED = 1e-4  # theta_r / theta_1 below this: the small problem needs float64 whatever its size

@@ -80,7 +80,24 @@ def test_clusters_one_to_three_blocks_wide(
 def test_no_step_of_a_krylov_run_is_told_that_less_is_missing_than_is(
     rank: int, clusters: list[tuple[int, float, float]], seed: int
 ) -> None:
-    theta = staircase(clusters, 200, seed)
+    assert_no_step_is_told_too_little(staircase(clusters, 200, seed), rank, seed)
+
+
+@pytest.mark.parametrize("seed", [2, 50, 62, 123, 209])
+def test_a_cluster_that_crowds_at_its_lower_end_hides_no_member(seed: int) -> None:
+    # Thirteen members for a block of ten, the first well apart: found by a search for the worst.
+    ends = (13, 1e-3), (9, 2e-5), (33, 2e-3), (36, 2e-3), (99, -1.0)
+    levels = 1.0, 0.71, 0.71**2, 0.3 * 0.71**2, 0.09 * 0.71**2
+    parts = [
+        level * (1 + spread * torch.linspace(1, 0, members, dtype=torch.float64) ** 8)
+        for level, (members, spread) in zip(levels, ends, strict=True)
+    ]
+    theta = torch.cat(parts).sort(descending=True).values
+    assert_no_step_is_told_too_little(theta / theta[0], 2, seed)
+
+
+def assert_no_step_is_told_too_little(theta: torch.Tensor, rank: int, seed: int) -> None:
+    """Run the stop of `leading_eigenpairs` by every step's estimate, against the truth."""
     best = float(theta[:rank].sum())
     before = math.inf
     for step, values, couplings, block in krylov_steps(theta, rank, seed):

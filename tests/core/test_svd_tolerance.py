@@ -15,6 +15,7 @@ from pissa_core.svd.routes import krylov_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+ALIKE = [1 - 0.001 * i for i in range(10)]
 SHAPES = [(420, 300), (300, 420), (180, 1000)]
 
 
@@ -177,12 +178,12 @@ def test_a_member_of_a_cluster_that_the_start_all_but_lacks_is_not_certified_awa
 @pytest.mark.parametrize(
     ("values", "hides"),
     [
-        ([1.0, 0.999, 0.998, 0.997, 0.3, 0.2], True),  # as many alike as the block is wide
-        ([9.0, 1.0, 0.999, 0.998, 0.997, 0.3], True),  # one apart above them
-        ([1.0, 0.8, 0.64, 0.512, 0.41, 0.33], False),
-        ([1.0, 0.99, 0.98, 0.97, 0.96, 0.95], False),
-        ([1.0, 1.0, 0.0, 0.0, 1e-9, 0.0], False),  # of rank 2: noise below is no drop
+        ([*ALIKE, 0.3, 0.2], True),  # as many alike as the block is wide
+        ([9.0, *ALIKE, 0.3], True),  # one apart above them
+        ([0.8**i for i in range(14)], False),
+        ([1 - 0.01 * i for i in range(14)], False),
+        ([1.0, 1.0, *(8 * [0.0]), 1e-9, 0.0], False),  # of rank 2: noise below is no drop
     ],
 )
 def test_where_members_may_hide(values: list[float], hides: bool) -> None:
-    assert may_hide_members(torch.tensor(values, dtype=torch.float64), 2, 4) is hides
+    assert may_hide_members(torch.tensor(values, dtype=torch.float64), 2, 10) is hides
