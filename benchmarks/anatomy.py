@@ -47,16 +47,17 @@ def planner_seconds(source: Path, rank: int, rounds: int = 3) -> float:
     code = (
         "import sys, subprocess; "
         "child = subprocess.Popen([sys.executable, '-m', 'app.planning'], "
-        "stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
+        "stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL); "
         f"child.stdin.write({json.dumps(question(source, rank))!r}.encode() + b'\\n'); "
-        "child.stdin.flush(); child.wait()"
+        "child.stdin.flush(); answer = child.stdout.read(); child.wait(); "
+        "assert answer.startswith(b'{\"plan\"'), answer[:500]"
     )
     bare = child_seconds("import subprocess", rounds)
     return child_seconds(code, rounds) - bare
 
 
 def question(source: Path, rank: int) -> dict:
-    return {"model": str(source), "config": {"rank": rank}, "slots": None, "memory_budget": None}
+    return {"model": str(source), "config": {"rank": rank}, "limits": {}}
 
 
 def of_one_layer(source: Path, rank: int) -> dict[str, float]:

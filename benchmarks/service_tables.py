@@ -1,4 +1,4 @@
-"""Tables about the running service: time with more workers, load of the store, rounds of chaos."""
+"""Tables about the running service: more workers, the store, chaos, the API under load."""
 
 from __future__ import annotations
 
@@ -67,6 +67,34 @@ def _endings(result: dict) -> str:
     return (
         f"{told}, but for {len(mended)} that failed first and pass since what they found is mended"
     )
+
+
+def load(result: dict) -> str:
+    """Tell of the API under load."""
+    rows = [
+        "| asked | answers | median | 99th percentile |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {name} | {r['count']} | {r['p50_ms']:.0f} ms | {r['p99_ms']:.0f} ms |"
+            for name, r in (("status", result["reads"]), ("submission", result["submissions"]))
+        ),
+    ]
+    lines = [
+        f"## The API under load: {result['machine']['cores']} cores of "
+        f"{result['machine']['processor']}",
+        f"`load.py`: {result['jobs']} jobs queued, one worker computing, and for "
+        f"{result['seconds']:g} s {result['pollers']} pollers that ask once a second, "
+        f"{result['streams']} streams of events and one client that submits without a pause; all "
+        "on the same cores.",
+        "\n".join(rows),
+        f"Submissions a second: {result['filling_per_s']:.0f} by eight clients at once while "
+        f"nobody polls, {result['submissions_per_s']:.1f} by one client under the load. Processor "
+        f"time of the API: {result['api_cpu_ms_per_answer']:.1f} ms an answer, "
+        f"{result['api_cpu_share']:.0%} of one core. The machine's load average afterwards was "
+        f"{result['load_average']:.0f}: above 4, others had a share of it, and times waited are "
+        "theirs, too.",
+    ]
+    return "\n\n".join(lines) + "\n"
 
 
 def _listed(counts: dict) -> str:

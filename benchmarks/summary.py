@@ -43,7 +43,10 @@ def main() -> None:
     for name, tell in (("scale", service_tables.scale), ("chaos", service_tables.chaos)):
         if (RESULTS / f"{name}.json").exists():
             parts.append(tell(json.loads((RESULTS / f"{name}.json").read_text())))
-    parts += [load(json.loads(path.read_text())) for path in sorted(RESULTS.glob("load-*.json"))]
+    parts += [
+        service_tables.load(json.loads(path.read_text()))
+        for path in sorted(RESULTS.glob("load-*.json"))
+    ]
     parts += [to_lora(json.loads(path.read_text())) for path in RESULTS.glob("to-lora.json")]
     if len(parts) == 1:
         parts.append("No results are stored here yet: `make bench` makes them.\n")
@@ -61,6 +64,9 @@ def chapter(stem: str, result: dict) -> str:
         f"![Time and memory](results/{stem}.svg)",
         f"### Synthetic checkpoint, {gigabytes(result['checkpoint_bytes'])}",
         table(result["synthetic"]),
+        "What was set out for, and what is reached; where the rest of the time goes stands under "
+        "*Where the time goes*:",
+        wanted(result),
     ]
     if any(record.get("phases") for record in result["synthetic"]):
         lines += ["Phases, as the processes tell them (first round):", phases(result["synthetic"])]
@@ -70,34 +76,6 @@ def chapter(stem: str, result: dict) -> str:
         lines += ["### A real model: all-MiniLM-L6-v2, float32, 22 M parameters", table(real)]
     if grown := result.get("growth"):
         lines += ["### Growth: the same matrices, more layers", growth(grown)]
-    return "\n\n".join(lines) + "\n"
-
-
-def load(result: dict) -> str:
-    """Tell of the API under load."""
-    rows = [
-        "| asked | answers | median | 99th percentile |",
-        "|---|---:|---:|---:|",
-        *(
-            f"| {name} | {r['count']} | {r['p50_ms']:.0f} ms | {r['p99_ms']:.0f} ms |"
-            for name, r in (("status", result["reads"]), ("submission", result["submissions"]))
-        ),
-    ]
-    lines = [
-        f"## The API under load: {result['machine']['cores']} cores of "
-        f"{result['machine']['processor']}",
-        f"`load.py`: {result['jobs']} jobs queued, one worker computing, and for "
-        f"{result['seconds']:g} s {result['pollers']} pollers that ask once a second, "
-        f"{result['streams']} streams of events and one client that submits without a pause; all "
-        "on the same cores.",
-        "\n".join(rows),
-        f"Submissions a second: {result['filling_per_s']:.0f} by eight clients at once while "
-        f"nobody polls, {result['submissions_per_s']:.1f} by one client under the load. Processor "
-        f"time of the API: {result['api_cpu_ms_per_answer']:.1f} ms an answer, "
-        f"{result['api_cpu_share']:.0%} of one core. The machine's load average afterwards was "
-        f"{result['load_average']:.0f}: above 4, others had a share of it, and times waited are "
-        "theirs, too.",
-    ]
     return "\n\n".join(lines) + "\n"
 
 
@@ -151,6 +129,41 @@ def anatomy(result: dict) -> str:
         + " |"
     )
     return "\n".join(lines) + "\n"
+
+
+def wanted(result: dict) -> str:
+    """Hold the figures against what we set out to reach; say so where one is not."""
+    by = {(r["rank"], r["contender"]): r for r in result["synthetic"]}
+    rows = []
+    for rank in (16, 128):
+        peer = by.get((rank, "PEFT pissa_niter_16"))
+        ours = by.get((rank, "pissa convert, default tolerance"))
+        loose = [r for (at, name), r in by.items() if at == rank and "tolerance 0" in name]
+        if peer is None or ours is None:
+            continue
+        missed = peer["quality"]["missed"] / ours["quality"]["missed"]
+        rows += [
+            (f"energy missed, rank {rank}", "1/10 of niter_16's", f"1/{missed:.0f}"),
+            (f"time, rank {rank}", "1/3", f"1/{peer['wall_s'] / ours['wall_s']:.1f}"),
+            (
+                f"peak memory, rank {rank}",
+                "1/4",
+                f"1/{peer['peak_bytes'] / ours['peak_bytes']:.1f}",
+            ),
+        ]
+        rows += [
+            (
+                f"time, rank {rank}, tolerance as niter_16's error",
+                "1/4" if rank == 16 else "1/5",
+                f"1/{peer['wall_s'] / r['wall_s']:.1f}",
+            )
+            for r in loose
+        ]
+    if exact := result.get("exact"):
+        ratio = exact["scaled_wall_s"] / exact["ours"]["wall_s"]
+        rows.append(("time against exact, rank 16, tolerance 1e-5", "1/15", f"1/{ratio:.0f}"))
+    lines = ["| of niter_16's (of exact's) | set out for | reached |", "|---|---:|---:|"]
+    return "\n".join([*lines, *(f"| {what} | {aim} | {got} |" for what, aim, got in rows)])
 
 
 def phases(records: list[dict]) -> str:
