@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import NoMatchingPeftModuleError
 from torch import nn
 
-from pissa_core.errors import AdaptersDoNotMatch, UnsupportedAdapter
+from pissa_core.errors import AdaptersDoNotMatch, PissaError, UnsupportedAdapter
 from pissa_core.plan import CarriedTensor, Matrix, Refusal
 from pissa_core.targets.injection import PREFIX, injected, peft_remarks
 from pissa_core.targets.naming import Names, carried_as
@@ -133,7 +133,7 @@ def _wrap(skeleton: Skeleton, config: Mapping[str, Any]) -> PeftModel:
         with peft_remarks():
             lora = LoraConfig(**values, init_lora_weights=False)
             return get_peft_model(skeleton.model, lora, low_cpu_mem_usage=True)
-    except MemoryError:
+    except (MemoryError, PissaError):
         raise
     except NoMatchingPeftModuleError as error:
         raise AdaptersDoNotMatch(

@@ -237,12 +237,19 @@ def _refused_by_peft(skeleton: Skeleton, config: PissaConfig, task: str | None) 
             try:
                 LoraModel._check_target_module_compatiblity(self, lora, self.model, name)
                 super()._create_and_replace(lora, adapter, target, name, *rest, **kw)
+            except (MemoryError, PissaError):
+                raise
             except Exception as error:  # noqa: BLE001 - any refusal of PEFT is recorded
                 refused[kw["current_key"]] = _reason(target, error)
 
     lora = _lora_config(config, task, with_task=False)
-    with peft_remarks(), contextlib.suppress(Exception):
-        Recorder(skeleton.model, lora, _ADAPTER, low_cpu_mem_usage=True)
+    with peft_remarks():
+        try:
+            Recorder(skeleton.model, lora, _ADAPTER, low_cpu_mem_usage=True)
+        except (MemoryError, PissaError):
+            raise
+        except Exception:  # noqa: BLE001 - what is recorded says enough
+            pass
     return refused
 
 

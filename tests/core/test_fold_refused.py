@@ -13,6 +13,7 @@ import tinymodels
 import torch
 from conversions import checksums, convert_to, fold_to
 from hub.faults import Fault
+from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 
 from pissa_core.adapters import open_source
@@ -357,3 +358,15 @@ def test_what_is_trained_whole_and_leaves_the_range_is_said(tmp_path):
     with pytest.raises(PissaError, match=r"norm\.weight of the adapter holds values that F16"):
         fold_to(tmp_path / "pair", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bound", [MemoryError, RateLimited])
+def test_a_bound_that_is_met_in_peft_is_not_its_refusal(place, monkeypatch, bound):
+    """Processor time is bounded by a signal, which may come at any point."""
+
+    def meet(*_: object, **__: object) -> None:
+        raise bound("met")
+
+    monkeypatch.setattr(LoraModel, "inject_adapter", meet)
+    with pytest.raises(bound, match="met"):
+        fold_to(place / "pair", place / "adapter", place / "out")

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft.tuners.lora import LoraModel
 from tinymodels import edit_config, edit_tensors, save_model
 
 from pissa_core.adapters.local import LocalSource
 from pissa_core.errors import (
     InvalidConfig,
     NothingMatched,
+    PissaError,
     UnsupportedArchitecture,
     UnsupportedModule,
 )
@@ -114,6 +116,30 @@ def test_what_peft_itself_refuses_is_named_beside_what_it_takes(tmp_path: Path) 
     assert codes(targets) == {"unsupported_module"}
     assert targets.refused[0].reason == "it is a LlamaMLP; only Linear and Conv1D can be decomposed"
     assert len(targets.matrices) == 2
+
+
+class TookTooLong(PissaError):
+    """Comes from a signal, and so at any point."""
+
+    code = "took_too_long"
+
+
+@pytest.mark.parametrize("where", ["_create_and_replace", "inject_adapter"])
+@pytest.mark.parametrize("bound", [MemoryError, TookTooLong])
+def test_a_bound_that_is_met_while_refusals_are_recorded_is_no_refusal(
+    bound: type[Exception], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model("llama", tmp_path)
+    real = getattr(LoraModel, where)
+
+    def meet(self: LoraModel, *args: Any, **kw: Any) -> Any:
+        if type(self) is LoraModel:
+            return real(self, *args, **kw)
+        raise bound("met")
+
+    monkeypatch.setattr(LoraModel, where, meet)
+    with pytest.raises(bound, match="met"):
+        resolve(tmp_path, target_modules=["q_proj", "input_layernorm"])
 
 
 def test_nothing_but_refused_modules_is_no_crash(tmp_path: Path) -> None:
