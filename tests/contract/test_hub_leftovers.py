@@ -129,6 +129,41 @@ def test_records_of_the_dead_go_with_the_result_and_those_of_the_living_stay(tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_record_of_another_version_counts_for_nothing(tmp_path):
+    waiting = Pending(tmp_path / "d1" / ".sealing")
+    with waiting.joined(Ready("ours", (), {})) as ours, waiting.joined(Ready("x", (), {})) as other:
+        for text in ('{"shard": "x"}', '{"schema": 2, "shard": "x"}', "[]", "", "\0"):
+            other.write_text(text)
+            assert waiting.beside(ours) == []
+        assert other.exists()
+
+
+def test_a_record_that_never_was_finished_goes_once_it_is_old(tmp_path):
+    waiting = Pending(tmp_path / "d1" / ".sealing")
+    with waiting.joined(Ready("living", (), {})) as record:
+        fresh, old = (record.with_name(name) for name in (".fresh", ".old"))
+        fresh.touch()
+        old.touch()
+        os.utime(old, (0, 0))
+        waiting.tidy()
+        assert fresh.exists()
+        assert not old.exists()
+
+
+@pytest.mark.parametrize("what", ["record", "lock"])
+def test_a_seal_needs_no_room_for_its_record(hub, open_hub_sink, tmp_path, what):
+    """On a full disk neither of both small files can be made; everything large is sent by then."""
+    sink = open_hub_sink(OUT, hub.create_token("somebody"))
+    folder = tmp_path / "here" / "d1" / ".sealing"
+    folder.parent.mkdir(parents=True)
+    if what == "record":
+        folder.touch()
+    else:
+        (folder / "lock").mkdir(parents=True)
+    named_seal_in(sink, "a")
+    assert sink.seal_of("a") is not None
+
+
 def test_a_publisher_that_ends_leaves_another_its_folder(hub, open_hub_sink):
     sink = open_hub_sink(OUT, hub.create_token("somebody"))
     with sink._publishing() as folder:

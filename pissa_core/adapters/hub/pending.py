@@ -35,6 +35,7 @@ from pissa_core.adapters.disk import make_folder, try_lock
 from pissa_core.adapters.hub.client import HubFile
 from pissa_core.adapters.hub.uploading import sent_addition
 
+_SCHEMA = 1  # processes of two versions may meet while a machine is brought up to date
 _POLL_S = 0.05
 _BEAT_S = 1.0
 _ALIVE_S = 10.0  # a sixth of a lease: one who has not stirred for so long may be stopped
@@ -57,6 +58,7 @@ class Ready:
     def as_json(self) -> bytes:
         """Write it down for another process to commit."""
         text = {
+            "schema": _SCHEMA,
             "shard": self.shard,
             "operations": [_written(operation) for operation in self.operations],
             "wanted": {path: asdict(file) for path, file in self.wanted.items()},
@@ -65,8 +67,14 @@ class Ready:
 
     @classmethod
     def from_json(cls, text: bytes) -> Ready:
-        """Read what `as_json` wrote."""
+        """Read what `as_json` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError: if another version wrote it.
+        """
         read = json.loads(text)
+        if read["schema"] != _SCHEMA:
+            raise ValueError(f"a record of schema {read['schema']}, not {_SCHEMA}")
         wanted = {path: HubFile(**file) for path, file in read["wanted"].items()}
         return cls(read["shard"], tuple(_operation(each) for each in read["operations"]), wanted)
 
@@ -79,9 +87,17 @@ class Pending:
         self._folder = folder
 
     @contextmanager
-    def joined(self, ready: Ready) -> Iterator[Path]:
-        """Have a seal wait with the others while the block is open."""
-        record, lock = self._leave_record(ready.as_json())
+    def joined(self, ready: Ready) -> Iterator[Path | None]:
+        """Have a seal wait with the others while the block is open.
+
+        It gives the record; None where there is no room for one, so that the seal goes alone.
+        """
+        left = self._try_leave_record(ready.as_json())
+        if left is None:
+            self.tidy()
+            yield None
+            return
+        record, lock = left
         try:
             yield record
         finally:
@@ -90,9 +106,12 @@ class Pending:
             self.tidy()
 
     @contextmanager
-    def turn(self, record: Path) -> Iterator[None]:
-        """Wait until nobody else on this machine commits, or whoever does is stopped."""
-        lock = self._entered(record)
+    def turn(self, record: Path | None) -> Iterator[None]:
+        """Wait until nobody else on this machine commits, or whoever does is stopped.
+
+        Where there is no record, or no room for a lock, nobody is waited for.
+        """
+        lock = None if record is None else self._entered(record)
         if lock is None:
             yield
             return
@@ -106,8 +125,10 @@ class Pending:
             beat.join()
             os.close(lock)
 
-    def beside(self, record: Path) -> list[Ready]:
-        """Return what else may be committed, in the order of shards."""
+    def beside(self, record: Path | None) -> list[Ready]:
+        """Return what else may be committed, in the order of shards; nothing without a record."""
+        if record is None:
+            return []
         others = [path for path in self._folder.glob("*.ready") if path != record]
         found = [_read_living(path) for path in others]
         return sorted((ready for ready in found if ready is not None), key=lambda r: r.shard)
@@ -115,11 +136,19 @@ class Pending:
     def tidy(self) -> None:
         """Remove what the dead left, and the folder once nobody waits there."""
         with suppress(OSError):  # others tidy up, too
-            for path in self._folder.glob("*.ready"):
-                _read_living(path)
+            for path in self._folder.iterdir():
+                if path.suffix == ".ready" or _was_in_the_making(path):
+                    _read_living(path)
             if not [path for path in self._folder.iterdir() if path.name != "lock"]:
                 (self._folder / "lock").unlink(missing_ok=True)
                 self._folder.rmdir()
+
+    def _try_leave_record(self, text: bytes) -> tuple[Path, int] | None:
+        """Leave a record; None where it cannot be written, for which no seal should fail."""
+        try:
+            return self._leave_record(text)
+        except OSError:
+            return None
 
     def _leave_record(self, text: bytes) -> tuple[Path, int]:
         """Leave a record; return it, and its lock."""
@@ -148,10 +177,13 @@ class Pending:
             raise
 
     def _entered(self, record: Path) -> int | None:
-        """Return the lock once it is ours; None if its holder does not stir any more."""
+        """Return the lock once it is ours; None if its holder does not stir, or without room."""
         path = self._folder / "lock"
         while True:
-            lock = try_lock(path)
+            try:
+                lock = try_lock(path)
+            except OSError:
+                return None
             if lock is not None:
                 os.utime(lock)
                 return lock
@@ -170,8 +202,14 @@ def _read_living(path: Path) -> Ready | None:
             if _is_free(fd):
                 path.unlink()
             elif _stirred_s(path) <= _ALIVE_S:
-                return Ready.from_json(file.read())
+                # Of another version: no business of ours.
+                with suppress(ValueError, TypeError, KeyError):
+                    return Ready.from_json(file.read())
     return None
+
+
+def _was_in_the_making(path: Path) -> bool:
+    return path.name.startswith(".") and _stirred_s(path) > _ALIVE_S
 
 
 def _is_free(fd: int) -> bool:
