@@ -75,6 +75,7 @@ def _to_pissa(out: Path) -> list[Recipe]:
         Recipe("hub-kept", body("org/small", rank=4)),
         _on_hub("local-to-hub", body("./three", **EXACT)),
         _on_hub("hub-to-hub", body("org/three", **EXACT)),
+        _on_hub("many-to-hub", body("./many", rank=8)),
         _failing("no-folder", {"model": "./absent"}, NOT_FOUND),
         _failing("no-repo", {"model": "org/absent"}, "repo_not_found"),
         _failing("no-rank", body("./many", rank=999), "rank_too_large", out),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hub.state import Hub
+from hub_tools import OUT
+from machines import Machine
 from places import CONTENTS, HubPlace, LocalPlace, MemoryPlace, Place
 
+from pissa_core.adapters.hub import HubSink
 from pissa_core.adapters.local import LocalSource
 from pissa_core.adapters.memory import MemorySource
 from pissa_core.ports import CheckpointSource
@@ -86,3 +90,15 @@ def somebodys_token(hub: Hub, llama_folder: Path) -> str:
     """A token of the user whose repos are written to; someone/llama is there to be read."""
     hub.create_repo("someone/llama", llama_folder)
     return hub.create_token("somebody")
+
+
+@pytest.fixture
+def machine(hub: Hub, tmp_path: Path, open_hub_sink: Callable[..., HubSink]) -> Iterator[Machine]:
+    """A machine whose result is begun on the test Hub; its processes end with the test."""
+    made = Machine(hub, tmp_path / "here", {})
+    open_hub_sink(OUT, hub.create_token("somebody"))._staging.open(private=False)
+    yield made
+    for child in made.children.values():
+        with suppress(ProcessLookupError):
+            child.kill()
+        child.communicate()

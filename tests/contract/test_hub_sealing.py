@@ -6,95 +6,27 @@ import hashlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from contextlib import ExitStack
 from typing import TypeVar
 
 import pytest
 from hub.faults import Fault
 from hub.state import Hub
 from hub_tools import IN, OUT
-from places import contents_of, named_seal_in
+from machines import Machine, wait_until
+from places import named_seal_in
 
 from pissa_core import leaving
-from pissa_core.adapters.hub import HubClient, HubSink, Pause, pending
-from pissa_core.adapters.hub.pacing import Pace
+from pissa_core.adapters.hub import Pause
 from pissa_core.adapters.hub.pending import Pending, Ready
 from pissa_core.adapters.hub.sweeping import PREFIX
-from pissa_core.errors import HubUnavailable, RepoNotFound, TokenInvalid
-from pissa_core.ports import Seal
-from pissa_core.refs import HubRef
+from pissa_core.errors import HubUnavailable
 
 T = TypeVar("T")
 STAGING = f"/commit/{PREFIX}d1$"
-SEALER = Path(__file__).with_name("sealer.py")
-TESTS = SEALER.parents[1]
-
-
-def wait_until(look: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not look():
-        assert time.monotonic() < deadline, "nothing came of it"
-        time.sleep(0.02)
-
-
-@dataclass
-class Machine:
-    """A scratch folder that processes share, each with one shard to seal and a token of its own."""
-
-    hub: Hub
-    scratch: Path
-    children: dict[str, subprocess.Popen[str]]
-
-    def begin(self, shard: str) -> str:
-        """Begin to seal a shard in a process; return its token."""
-        token = self.hub.create_token("somebody")
-        command = [sys.executable, str(SEALER), self.hub.endpoint, token, str(self.scratch), shard]
-        path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-        env = os.environ | {"PYTHONPATH": path, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-        self.children[token] = subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        return token
-
-    def ends(self, token: str) -> None:
-        """See a process end well."""
-        out, err = self.children[token].communicate(timeout=60)
-        assert out == "sealed\n", err
-
-    def waiting(self) -> int:
-        return len(list(self.scratch.glob("d1/.sealing/*.ready")))
-
-    def sealed(self, shards: list[str]) -> set[str]:
-        return {shard for shard in shards if self.seal_of(shard) is not None}
-
-    def seal_of(self, shard: str) -> Seal | None:
-        client = HubClient(token=self.hub.create_token("somebody"), endpoint=self.hub.endpoint)
-        return HubSink(HubRef(OUT), digest="d1", scratch=self.scratch, client=client).seal_of(shard)
-
-    def titles(self) -> list[str]:
-        """Titles of the commits on the staging branch, oldest first."""
-        history = self.hub.repos[OUT].history(f"{PREFIX}d1")
-        return [commit.title for commit in history][-3::-1]  # but for main's, and the beginning
-
-
-@pytest.fixture
-def machine(hub: Hub, tmp_path: Path, open_hub_sink: Callable[..., HubSink]) -> Iterator[Machine]:
-    made = Machine(hub, tmp_path / "here", {})
-    open_hub_sink(OUT, hub.create_token("somebody"))._staging.open(private=False)
-    yield made
-    for child in made.children.values():
-        with suppress(ProcessLookupError):
-            child.kill()
-        child.communicate()
 
 
 def hold_first_commit(machine: Machine, until: int) -> threading.Event:
@@ -178,7 +110,6 @@ def test_one_that_is_killed_amid_a_common_commit_leaves_it_to_the_others(machine
     killed: list[str] = []
 
     def kill(token: str) -> None:
-        time.sleep(1)  # what it sends has left it
         machine.children[token].send_signal(signal.SIGKILL)
         machine.children[token].wait()
         killed.append(token)
@@ -221,18 +152,18 @@ def test_a_killed_one_that_waited_is_not_sealed_by_the_others(machine):
     assert set(machine.hub.uploads.finished.values()) == {1}
 
 
-def test_a_stopped_one_is_passed_over_and_holds_up_nobody(machine, monkeypatch, open_hub_sink):
+def test_a_stopped_one_is_passed_over_and_holds_up_nobody(machine, open_hub_sink):
     """Stopped while it waits it is not sealed, and stopped while it commits not waited for."""
-    monkeypatch.setattr(pending, "_ALIVE_S", 2.0)
     stalled = threading.Event()
     machine.hub.faults.add(Fault(STAGING, "POST", run=lambda _: stalled.wait(60), drop=True))
     leader = machine.begin("a")
     wait_until(lambda: machine.waiting() == 1)
     follower = machine.begin("b")
     wait_until(lambda: machine.waiting() == 2)
-    machine.children[follower].send_signal(signal.SIGSTOP)
-    time.sleep(2.5)
-    machine.children[leader].send_signal(signal.SIGSTOP)
+    for token in (follower, leader):
+        machine.stop(token)
+    for path in machine.scratch.glob("d1/.sealing/*"):
+        os.utime(path, (0, 0))
     named_seal_in(open_hub_sink(OUT, machine.hub.create_token("somebody")), "c")
     assert machine.sealed(["a", "b", "c"]) == {"c"}
     stalled.set()
@@ -322,89 +253,3 @@ def test_shards_copied_on_the_hub_share_commits(hub, open_hub, open_hub_sink, ma
     assert machine.sealed(list(files)) == set(files)
     assert machine.titles() == ["Seal 0.safetensors", "Seal 3 shards"]
     assert not hub.uploads.finished
-
-
-# How often.
-
-NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
-
-
-def test_no_hour_sees_more_commits_than_wanted_and_no_wait_is_long():
-    """Three lanes that are always ready: 131 shards, and a thousand."""
-    pace, times, now, waits = Pace(), [], NOW, []
-    while len(times) < 400:
-        now += timedelta(seconds=4)
-        wait_s = pace.wait_s(times, now)
-        waits.append(wait_s)
-        now += timedelta(seconds=wait_s)
-        times.insert(0, now)
-    in_an_hour = [sum(0 <= (at - start).total_seconds() < 3600 for at in times) for start in times]
-    assert max(in_an_hour) <= pace.most < 128
-    assert max(waits) < 120
-    assert not any(waits[: pace.at_once])
-    carried = pace.at_once + 3 * (len([at for at in times if at < NOW + timedelta(hours=1)]) - 50)
-    assert carried > 131
-
-
-def test_seals_wait_together_once_the_pace_makes_them_wait(hub, open_hub_sink, machine):
-    """Two commits a window: the first two at once, all the others in the third."""
-    told: list[Pause | None] = []
-    token = hub.create_token("somebody")
-    pace = Pace(most=4, at_once=4, window=timedelta(seconds=4))
-    sink = open_hub_sink(OUT, token, on_wait=told.append, pace=pace)
-    for n in range(4):
-        named_seal_in(sink, f"first-{n}")
-    shards = [f"{n}.safetensors" for n in range(12)]
-    with ThreadPoolExecutor(12) as pool:
-        list(pool.map(lambda shard: named_seal_in(sink, shard), shards))
-    assert machine.sealed(shards) == set(shards)
-    assert len(machine.titles()) <= 4 + 4
-    assert {pause.error.code for pause in told if pause} == {"rate_limited"}
-
-
-# Why not.
-
-
-def test_a_repo_that_is_removed_midway_is_said_to_be_gone(hub, open_hub_sink):
-    sink = open_hub_sink(OUT, hub.create_token("somebody"))
-    with sink.attempt("model.safetensors"):
-        pass
-    del hub.repos[OUT]
-    with pytest.raises(RepoNotFound, match="was there when this began") as caught:
-        sink._staging.required()
-    assert caught.value.hint
-
-
-@pytest.mark.parametrize("status", [401, 404])
-def test_a_token_that_is_revoked_midway_is_said_to_be(hub, open_hub_sink, status):
-    """The Hub may answer as if the repo were not there to one whom it does not know."""
-    token = hub.create_token("somebody")
-    sink = open_hub_sink(OUT, token)
-    with sink.attempt("model.safetensors"):
-        pass
-    hub.tokens[token].valid = False
-    hub.faults.add(Fault("/api/models/", times=10, status=status, code="RepoNotFound"))
-    with pytest.raises(TokenInvalid, match="revoked"):
-        sink._staging.required()
-    assert contents_of(hub, OUT) == {}
-
-
-def test_one_whose_lease_is_over_seals_nothing(hub, open_hub_sink, machine):
-    sink, stop = open_hub_sink(OUT, hub.create_token("somebody")), threading.Event()
-    stop.set()
-    with leaving.leaving_on(stop, at_once=True), pytest.raises(leaving.CalledOff):
-        named_seal_in(sink, "a")
-    assert machine.sealed(["a"]) == set()
-    assert machine.waiting() == 0
-
-
-def test_a_copy_that_is_called_off_leaves_nothing_here(hub, open_hub, open_hub_sink, machine):
-    hub.cross_repo = True
-    hub.create_repo(IN, files={"a.safetensors": bytes(1000)})
-    token, stop = hub.create_token("somebody"), threading.Event()
-    source, sink = open_hub(IN, token), open_hub_sink(OUT, token)
-    stop.set()
-    with leaving.leaving_on(stop, at_once=True), pytest.raises(leaving.CalledOff):
-        sink.adopt("a.safetensors", source, "a.safetensors")
-    assert machine.sealed(["a.safetensors"]) == set()
-    assert not list(machine.scratch.glob("*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO
@@ -28,6 +29,12 @@ class Body:
 
     def read(self) -> bytes:
         return b"".join(self.pieces())
+
+    def hold(self) -> None:
+        """Wait until all of it has come, and keep it for whoever reads it."""
+        whole = self.read()
+        self._file, self._left, self._fault = io.BytesIO(whole), len(whole), None
+        self._seen.received = 0
 
     def drain(self) -> None:
         """Read what nobody wanted, so that the connection can go on."""

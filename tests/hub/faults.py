@@ -19,7 +19,7 @@ class Fault:
         stall_s: wait so long before answering.
         drop: close the connection without an answer.
         served: do what is asked before answering with `status`, or dropping the connection.
-        run: called with the request's token, by name, before anything else.
+        run: called with the request's token, by name, once its body is here, before anything else.
         cut_after: close the connection after so many bytes of the body; of the request's with
             PUT, else of the answer's, and so with the two below.
         corrupt_at: flip the byte at this position of the body.

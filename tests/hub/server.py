@@ -87,14 +87,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         hub.seen.append(seen)
         fault = hub.faults.take(self.command, split.path)
         body = Body(self.rfile, headers, seen, fault if self.command == "PUT" else None)
-        if fault is not None and fault.run is not None:
-            fault.run(headers.get("authorization", "").removeprefix("Bearer "))
-        if fault is not None and fault.stall_s:
-            hub.ended.wait(fault.stall_s)
-        if fault is not None and fault.drop and not fault.served:
-            self.close_connection = True
-            return
         try:
+            if fault is not None and fault.run is not None:
+                body.hold()
+                fault.run(headers.get("authorization", "").removeprefix("Bearer "))
+            if fault is not None and fault.stall_s:
+                hub.ended.wait(fault.stall_s)
+            if fault is not None and fault.drop and not fault.served:
+                self.close_connection = True
+                return
             answer = self.work(split.path, query, body, seen, fault)
             body.drain()
         except Cut:
