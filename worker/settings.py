@@ -78,7 +78,9 @@ class Settings(BaseSettings):
     secret_key: SecretStr | None = Field(
         None, description="encrypts Hub tokens in the store; the same for API and all workers"
     )
-    lease_s: Seconds = Field(60, description="a task whose worker is silent this long is lost")
+    lease_s: Seconds = Field(
+        60, description="a task whose worker is silent this long is lost; best above 10"
+    )
     renew_s: Seconds = Field(10, description="how often a worker renews its lease")
     watch_s: Seconds = Field(1, description="how often a worker looks whether it should stop")
     reap_s: Seconds = Field(2, description="how often lost and unsent tasks are looked for")

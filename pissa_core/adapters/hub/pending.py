@@ -38,7 +38,9 @@ from pissa_core.adapters.hub.uploading import sent_addition
 _SCHEMA = 1  # processes of two versions may meet while a machine is brought up to date
 _POLL_S = 0.05
 _BEAT_S = 1.0
-_ALIVE_S = 10.0  # a sixth of a lease: one who has not stirred for so long may be stopped
+# One who has not stirred for so long may be stopped. It is less than a lease, else the seal of one
+# whose shard is another's may go along; of the two, one counts all the same.
+_ALIVE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)

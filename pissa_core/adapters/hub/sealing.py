@@ -52,6 +52,9 @@ class Sealing:
     def commit(self, ready: Ready) -> None:
         """Commit a seal with all others that are ready here, unless one of them did so for us.
 
+        What becomes ready while a commit is under way goes with the next, also where the Hub has
+        that commit wait (429).
+
         Raises:
             Cancelled: if the branch was removed meanwhile.
             CannotCopy: if a file of this seal is not to be had from its repo.
