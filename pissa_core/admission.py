@@ -40,7 +40,8 @@ def check_plan(
     """
     if plan.refused:
         first = plan.refused[0]
-        more = f" ({len(plan.refused) - 1} more are listed by the plan)" * (len(plan.refused) > 1)
+        others = len(plan.refused) - 1
+        more = f" ({others} more refused; `pissa plan` lists all of them)" if others else ""
         raise error_from(first.code, f"{first.name}: {first.reason}{more}")
     for read in (source,) if beside is None else (source, beside.adapter):
         sink.check(read)

@@ -12,10 +12,11 @@ import click
 from app.cli import tables
 from app.cli.errors import ExitStatus, on_interrupt
 from app.cli.http import Service, job_path
+from app.cli.kinds import Statuses
 from app.cli.options import job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display
 from pissa_core.errors import CheckpointError, PissaError, TargetError, error_from
-from worker.contract import LONGEST_PAGE
+from worker.contract import LONGEST_PAGE, Status
 
 POLL_S = 0.5
 PATIENCE_S = 60.0
@@ -27,7 +28,12 @@ FINAL = ("succeeded", "failed", "cancelled")
 
 
 @click.command()
-@click.option("--status", metavar="S[,S…]", help="Only jobs in these states.")
+@click.option(
+    "--status",
+    type=Statuses(),
+    metavar="S[,S…]",
+    help=f"Only jobs in these states: {', '.join(Status)}.",
+)
 @click.option("--limit", type=click.IntRange(1, LONGEST_PAGE), default=50, show_default=True)
 @click.option("--after", metavar="CURSOR", help="Go on where an earlier page ended.")
 @json_option
@@ -106,17 +112,17 @@ def follow_and_print(service: Service, job_id: str, *, as_json: bool) -> None:
     if as_json:
         tables.print_json(job)
     elif job["status"] == "succeeded":
-        _print_result(job)
+        _print_result(job, service)
     if job["status"] != "succeeded":
         raise _failure(job)
     if job["result"].get("passed") is False:
         raise click.exceptions.Exit(ExitStatus.FAILED)
 
 
-def _print_result(job: Mapping[str, Any]) -> None:
+def _print_result(job: Mapping[str, Any], service: Service) -> None:
     result = job["result"]
     if result.get("passed") is not None:
-        tables.print_verdict(result)
+        tables.print_verdict({**result, "manifest": f"{service.url}{result['manifest']}"})
         return
     tables.print_result(result)
     if not str(result["output"]).startswith("hf://"):

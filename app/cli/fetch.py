@@ -69,7 +69,7 @@ def fetch(*, job_id: str, folder: Path, as_json: bool) -> None:
         tables.print_json({"output": str(target), "files": len(files), "bytes": total})
         return
     tables.print_facts({"output": str(target), "files": str(len(files)), "bytes": size(total)})
-    print(f"\n{tables.loading_snippet(str(target), model_class=model_class_in(target))}")
+    print(f"\n{how_to_load(target)}")
 
 
 def list_files(service: Service, job_id: str) -> list[RemoteFile]:
@@ -87,6 +87,12 @@ def list_files(service: Service, job_id: str) -> list[RemoteFile]:
             f"`pissa resume {job_id}` lets it go on, `pissa watch {job_id}` says why it ended"
             if ended
             else f"`pissa watch {job_id}` waits for it",
+        )
+    if job.get("kind") == "verify":
+        raise error_from(
+            "conflict",
+            f"job {job_id} is a verification, which makes no files",
+            f"its report is {service.url}/{job_path(job_id, 'manifest')}",
         )
     listed = service.get(job_path(job_id, "files"))["files"]
     files = [RemoteFile(str(f["path"]), int(f["size"]), str(f["sha256"])) for f in listed]
@@ -197,6 +203,18 @@ def point_adapter_at(folder: Path, final: Path) -> None:
         entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
         manifest["files"][ADAPTER_CONFIG] = entry
         _write(manifest_path, canonical_json(manifest))
+
+
+def how_to_load(folder: Path) -> str:
+    """Say in Python how to load what was fetched: a pair, a plain LoRA or a plain model."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return tables.loading_snippet(str(folder), model_class=model_class_in(folder))
+    if (config := folder / PurePosixPath(ADAPTER_CONFIG).name).is_file():
+        named = json.loads(config.read_bytes())
+        named = named if isinstance(named, dict) else {}
+        base, revision = named.get("base_model_name_or_path"), named.get("revision")
+        return tables.lora_snippet(str(folder), base, revision)
+    return tables.plain_snippet(str(folder), model_class_in(folder))
 
 
 def model_class_in(folder: Path) -> str | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from worker.contract import Status
+
 
 class Size(click.ParamType[int]):
     """A number of bytes: 4000000000, 4GB, 3.5GiB."""
@@ -47,4 +49,18 @@ class JobId(click.ParamType[str]):
         """Check the letters; whether there is such a job, the service knows."""
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,200}", str(value)):
             self.fail(f"{value!r} is no job id; `pissa jobs` lists them", param)
+        return str(value)
+
+
+class Statuses(click.ParamType[str]):
+    """States of jobs, separated by commas."""
+
+    name = "statuses"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the words."""
+        known = [status.value for status in Status]
+        for word in str(value).split(","):
+            if word not in known:
+                self.fail(f"{word!r} is no state of a job; there are {', '.join(known)}", param)
         return str(value)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where jobs and kept files lie; default: PISSA_DATA_DIR.",
+    help="Where jobs and kept files lie; default: PISSA_DATA_DIR, else ~/.local/share/pissa.",
 )
 @click.option("--workers", type=click.IntRange(0, 256), help="Default: one a GPU, at least one.")
 def serve(*, host: str, port: int, data_dir: Path | None, workers: int | None) -> None:

@@ -45,7 +45,9 @@ _OPTIONAL = {_LORA: ("initial",)}
     help="pissa-to-lora: the adapter that training began with; left out, it is looked for beside "
     "the base that the trained one names.",
 )
-@click.option("--tolerance", type=float, metavar="T", help="pissa-to-lora: the share to be lost.")
+@click.option(
+    "--tolerance", type=float, metavar="T", help="pissa-to-lora: the share that may be lost."
+)
 @click.option("--uniform", is_flag=True, help="pissa-to-lora: one rank and scaling for all.")
 @click.option("--residual", metavar="REF", help="pissa-to-base: the residual model.")
 @click.option("--adapter", metavar="REF", help="pissa-to-base: the initial or a trained adapter.")

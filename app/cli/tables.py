@@ -45,16 +45,16 @@ def print_facts(facts: Mapping[str, str]) -> None:
 
 def print_plan(plan: Mapping[str, Any]) -> None:
     """Print a plan as `POST /v1/plans` describes it, its matrices grouped by kind."""
-    groups = group_matrices(plan["matrices"])
-    print_table(
-        ("modules", "number", "shape", "rank", "scaling"),
-        [(kind, str(n), shape, rank, scaling) for (kind, shape, rank, scaling), n in groups],
-        right=(1, 3, 4),
-    )
-    print()
+    if groups := group_matrices(plan["matrices"]):
+        print_table(
+            ("modules", "number", "shape", "rank", "scaling"),
+            [(kind, str(n), shape, rank, scaling) for (kind, shape, rank, scaling), n in groups],
+            right=(1, 3, 4),
+        )
+        print()
     if plan["refused"]:
-        rows = [(r["name"], r["code"], r["reason"]) for r in plan["refused"]]
-        print_table(("refused", "code", "reason"), rows)
+        refused = [(name, str(n), code, reason) for (name, code, reason), n in _refusals(plan)]
+        print_table(("refused", "number", "code", "reason"), refused, right=(1,))
         print()
     print_facts(_plan_facts(plan))
 
@@ -68,7 +68,7 @@ def group_matrices(
     """
     kinds = Counter(
         (
-            re.sub(r"(?<![^.])\d+(?![^.])", "*", matrix["module"]),
+            _unnumbered(matrix["module"]),
             " × ".join(str(length) for length in matrix["shape"]),
             str(matrix["rank"]),
             f"{matrix['scaling']:g}",
@@ -76,6 +76,24 @@ def group_matrices(
         for matrix in matrices
     )
     return list(kinds.items())
+
+
+def _refusals(plan: Mapping[str, Any]) -> list[tuple[tuple[str, str, str], int]]:
+    """Count refusals that differ in nothing but the numbers in a path, as `group_matrices` does."""
+    return list(
+        Counter(
+            (
+                _unnumbered(r["name"]),
+                r["code"],
+                r["reason"].replace(r["name"], _unnumbered(r["name"])),
+            )
+            for r in plan["refused"]
+        ).items()
+    )
+
+
+def _unnumbered(path: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
 def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
@@ -141,8 +159,10 @@ def print_folded(result: Mapping[str, Any]) -> None:
     if result["weights"]:
         share = 100 * result["equal_weights"] / result["weights"]
         facts["bit-equal to the original"] = f"{share:.4g} % of {result['weights']:,} weights"
-        facts["largest difference"] = f"{result['max_ulps']:,} units of the last place"
         facts["largest ‖W − W₀‖ / ‖W₀‖"] = f"{result['max_recombination_error']:.3g}"
+        facts["most that one weight is off"] = (
+            f"{result['max_ulps']:,} units of the last place (many where it is near zero)"
+        )
     facts["time"] = duration(result["seconds"])
     facts["peak memory"] = size(result["peak_memory_bytes"])
     print_facts(facts)
@@ -159,6 +179,23 @@ def loading_snippet(base: str, revision: str | None = None, model_class: str | N
         f'model = PeftModel.from_pretrained(\n    base, "{base}"{pinned}, '
         f'subfolder="pissa_init", is_trainable=True\n)'
     )
+
+
+def lora_snippet(adapter: str, base: str | None, revision: str | None = None) -> str:
+    """Say in Python how PEFT puts a plain LoRA on its base."""
+    # Quoted as JSON: a name from a file of others must not leave the comment.
+    named = json.dumps(base or "path/to/the/original/model", ensure_ascii=False)
+    at = f", revision={json.dumps(revision)}" if revision else ""
+    return (
+        f"from peft import PeftModel\n"
+        f'model = PeftModel.from_pretrained(base, "{adapter}")  # base: {named}{at}'
+    )
+
+
+def plain_snippet(model: str, model_class: str | None) -> str:
+    """Say in Python how transformers loads a plain model."""
+    loader = model_class or "AutoModel"
+    return f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{model}")'
 
 
 def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:

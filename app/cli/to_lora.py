@@ -231,10 +231,5 @@ def _print(result: dict[str, Any]) -> None:
             "peak memory": size(result["peak_memory_bytes"]),
         }
     )
-    revision = result["base_revision"]
-    at = f', revision="{revision}"' if revision else ""
-    base = result["base"] or "path/to/the/original/model"
-    print(
-        f"\nfrom peft import PeftModel\n"
-        f'model = PeftModel.from_pretrained(base, "{result["output"]}")  # base: "{base}"{at}'
-    )
+    snippet = tables.lora_snippet(result["output"], result["base"], result["base_revision"])
+    print(f"\n{snippet}")

@@ -50,6 +50,7 @@ class Behaviour:
     cut_at: int | None = None
     ranges: bool = True
     lie: bool = False
+    kind: str = "base-to-pissa"
     listed_path: str | None = None
     seen: list[tuple[str, str | None]] = field(default_factory=list)
 
@@ -64,7 +65,9 @@ def serving(behaviour: Behaviour) -> Iterator[str]:
             if self.headers.get("Authorization") != f"Bearer {KEY}":
                 return self._json(401, {"code": "unauthorized", "detail": "no key was given"})
             if path == f"/v1/jobs/{JOB}":
-                return self._json(200, {"id": JOB, "status": behaviour.status})
+                return self._json(
+                    200, {"id": JOB, "kind": behaviour.kind, "status": behaviour.status}
+                )
             if path == f"/v1/jobs/{JOB}/files":
                 return self._json(200, {"files": self._listing()})
             name = path.removeprefix(f"/v1/jobs/{JOB}/files/")
@@ -163,6 +166,30 @@ def test_it_is_said_with_which_class_to_load(tmp_path: Path, config: Any, loader
     assert done.returncode == 0, done.stderr
     assert f"from transformers import {loader}\n" in done.stdout
     assert f'base = {loader}.from_pretrained("{tmp_path / "out"}")' in done.stdout
+
+
+def test_it_is_said_how_to_load_a_plain_lora_and_a_plain_model(tmp_path: Path) -> None:
+    named = {"base_model_name_or_path": 'org/name"\nimport os', "revision": "v1"}
+    lora = {"adapter_config.json": json.dumps(named).encode()}
+    plain = {"config.json": b'{"architectures": ["GPT2LMHeadModel"]}'}
+    for files, last in (
+        (lora, 'from_pretrained(base, "{}")  # base: "org/name\\"\\nimport os", revision="v1"'),
+        (plain, 'model = GPT2LMHeadModel.from_pretrained("{}")'),
+    ):
+        out = tmp_path / last[:4]
+        with serving(Behaviour(files)) as url:
+            done = fetch(url, out)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].endswith(last.format(out))
+        assert "pissa_init" not in done.stdout
+
+
+def test_a_verification_has_no_files_but_a_report(tmp_path: Path) -> None:
+    with serving(Behaviour({}, kind="verify")) as url:
+        done = fetch(url, tmp_path / "out")
+    assert done.returncode == 1
+    assert f"hint: its report is {url}/v1/jobs/{JOB}/manifest" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_that_names_a_repo_is_left_as_it_is(tmp_path: Path) -> None:

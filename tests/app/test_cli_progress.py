@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import os
 import pty
@@ -195,6 +196,22 @@ def test_560_matrices_become_seven_lines(capsys: pytest.CaptureFixture[str]) -> 
     for words in ("tied_weight", "shared with embed_tokens", "140 GB", "about 3.00 GB",
                   "about 142 GB", "pytorch_model.bin", "LlamaForCausalLM"):  # fmt: skip
         assert words in shown
+
+
+def test_refusals_that_differ_in_a_layer_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"model.layers.{layer}.{proj}" for layer in range(80) for proj in ("q_proj", "k_proj")]
+    refused = tuple(
+        Refusal(name, "rank_too_large", f"rank 99 exceeds 64, of {name}.weight [64, 64]")
+        for name in names
+    )
+    tables.print_plan(dataclasses.replace(_plan_of_70b(), refused=refused).public())
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if "rank_too" in line]
+    assert [line[:3] for line in shown] == [
+        ["model.layers.*.q_proj", "80", "rank_too_large"],
+        ["model.layers.*.k_proj", "80", "rank_too_large"],
+    ]
+    words = "rank 99 exceeds 64, of model.layers.*.q_proj.weight [64, 64]"
+    assert " ".join(shown[0][3:]) == words
 
 
 def test_the_public_plan_has_the_fields_of_the_contract() -> None:
