@@ -24,7 +24,7 @@ def working_bytes(
     d = min(m, n), D = max(m, n), r = rank, s = dtype_bytes, in bytes:
 
     * always: 2 s m n + 16 (m + n) r for W, R, the triplets and the factors, and three panels.
-    * ``auto`` by Krylov, k vectors in a full basis, b = r + max(8, r / 8) a step:
+    * ``auto`` by Krylov, k vectors in a full basis, b = r + max(8, 16 - r, r / 8) a step:
       4 d (k + 8 b) + 48 k^2, or 16 b (m + n) for the vectors of both sides, and
       4 d^2 + 8192 d more if a Gram matrix may be formed.
     * ``auto`` where r is large against d: 64 d^2 up to d = 512, 32 d^2 above.

@@ -44,16 +44,23 @@ class Ritz:
     Attributes:
         values: (k,) float64, descending, of the whole last basis.
         vectors: (block, d) float32, orthonormal rows.
-        residuals: (block, d) float32, G v - theta v of each, as the recurrence has it.
+        newest: (b, d) float32, orthonormal rows in which the residuals lie.
+        couplings: (b, block) float64, the residuals in those coordinates, as columns.
         missed: `could_be_missing` of these, and of the step before where members may hide.
         steps: products with the operator that were taken.
     """
 
     values: Tensor
     vectors: Tensor
-    residuals: Tensor
+    newest: Tensor
+    couplings: Tensor
     missed: float
     steps: int
+
+    @property
+    def residuals(self) -> Tensor:
+        """G v - theta v of each vector, (block, d) float32, as the recurrence has it."""
+        return torch.mm(self.couplings.t().float(), self.newest)
 
 
 def leading_eigenpairs(
@@ -111,8 +118,7 @@ def leading_eigenpairs(
             enough = missed <= tolerance and confirmed and step >= LEAST_STEPS
             if enough or step >= shape.max_steps:
                 vectors = torch.mm(S[:, :b].t().float(), K[:k])
-                residuals = torch.mm(couplings[:, :b].t().float(), Q)
-                return Ritz(values, vectors, residuals, missed, step)
+                return Ritz(values, vectors, Q, couplings[:, :b], missed, step)
             before, solved_at = latest, step
             solve_at = step + _steps_until(latest, tolerance, k)
         if full:

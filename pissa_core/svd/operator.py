@@ -69,8 +69,12 @@ class Operator:
     def apply_roughly(self, X: Tensor) -> Tensor:
         """Return X M^T M (b, d), rounded to bfloat16 thrice, in half the time of `apply`.
 
-        Of W no bit is lost, as it is bfloat16; X, X M^T and each panel's share of the result are
-        rounded by 2^-9 of an entry, sums are in float32.
+        Shapes   X (b, d) float32; where `has_rough_products`.
+        Dtype    bfloat16 operands, sums in float32.
+        Error    of W no bit is lost, as it is bfloat16; X, X M^T and each panel's share of the
+                 result are rounded by 2^-9 of an entry.
+        Cost     4 D d b flops at twice the speed of float32; W is read once.
+        Source   rounding: Higham 2002, "Accuracy and Stability of Numerical Algorithms", ch. 2, 3.
         """
         Z = torch.zeros_like(X)
         narrow = X.bfloat16()

@@ -12,12 +12,16 @@ from pissa_core.svd.products import times_transposed
 
 EXPECTED_STEPS = 9
 _PATIENCE = 300  # a flat bulk of 2048 takes 25 steps; nothing met so far took a hundred
+_NARROWEST = 16
 _BASIS = 320  # vectors up to which the small problem is cheap; wide blocks hold three steps anyway
 
 
 def oversampling(rank: int) -> int:
-    """Return how many vectors beyond the rank a block has."""
-    return max(8, rank // 8)
+    """Return how many vectors beyond the rank a block has.
+
+    A narrow block can all but lack a direction: sixteen vectors cost little, and hide much less.
+    """
+    return max(8, _NARROWEST - rank, rank // 8)
 
 
 def krylov_shape(d: int, rank: int) -> Shape:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
+from pissa_core.svd import operator
 
 
 @pytest.fixture
@@ -15,3 +18,22 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let there be rough products on any CPU; where it has none, in float32, rounded as they are.
+
+    So the searches and certificates that rest on them run wherever the tests do.
+    """
+    if operator.BFLOAT16:
+        return
+    exact = operator.times_transposed
+
+    def rounded(a: Tensor, b: Tensor) -> Tensor:
+        if a.dtype != torch.bfloat16:
+            return exact(a, b)
+        return exact(a.float(), b.float()).bfloat16()
+
+    monkeypatch.setattr(operator, "BFLOAT16", True)
+    monkeypatch.setattr(operator, "times_transposed", rounded)

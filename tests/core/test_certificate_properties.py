@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,7 @@ from pissa_core.svd.krylov import EARLY_STEPS, LEAST_STEPS
 from pissa_core.svd.missing import could_be_missing, may_hide_members
 from pissa_core.svd.routes import oversampling
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "bfloat16_products")
 
 
 @given(
@@ -47,11 +48,11 @@ def test_clusters_one_to_three_blocks_wide(
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    members = rank + 8 + wider
-    sigma = floor * (1 + 1e-3 * torch.rand(240, generator=generator, dtype=torch.float64))
+    members = rank + oversampling(rank) + wider
+    sigma = floor * (1 + 1e-3 * torch.rand(300, generator=generator, dtype=torch.float64))
     sigma[: above + members] = 1 + spread * torch.rand(above + members, generator=generator)
     sigma[:above] *= 2
-    W = with_spectrum(sigma.sort(descending=True).values, 280, 240, seed=seed).to(dtype)
+    W = with_spectrum(sigma.sort(descending=True).values, 340, 300, seed=seed).to(dtype)
     found = truncated_svd(W, rank, method="auto", tolerance=tolerance, niter=0, seed=seed)
     missed = missed_energy(W, found.U, found.S, found.Vt)
     said = certify(found, torch.zeros_like(found.S), 0.0).missed
@@ -83,29 +84,48 @@ def test_no_step_of_a_krylov_run_is_told_that_less_is_missing_than_is(
     assert_no_step_is_told_too_little(staircase(clusters, 200, seed), rank, seed)
 
 
-@pytest.mark.parametrize("seed", [2, 50, 62, 123, 209])
-def test_a_cluster_that_crowds_at_its_lower_end_hides_no_member(seed: int) -> None:
-    # Thirteen members for a block of ten, the first well apart: found by a search for the worst.
-    ends = (13, 1e-3), (9, 2e-5), (33, 2e-3), (36, 2e-3), (99, -1.0)
-    levels = 1.0, 0.71, 0.71**2, 0.3 * 0.71**2, 0.09 * 0.71**2
-    parts = [
-        level * (1 + spread * torch.linspace(1, 0, members, dtype=torch.float64) ** 8)
-        for level, (members, spread) in zip(levels, ends, strict=True)
-    ]
-    theta = torch.cat(parts).sort(descending=True).values
-    assert_no_step_is_told_too_little(theta / theta[0], 2, seed)
+@pytest.mark.parametrize("blocks", [1, 1.5, 2])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_no_climb_to_worse_clusters_finds_a_false_estimate(rank: int, blocks: float) -> None:
+    # Of as many members as one block of starts is wide it may all but lack one: of a square
+    # Gaussian matrix the smallest singular value is small more often than that of a wide one.
+    draw = random.Random(5)
+    worst, kept = 0.0, (1e-3, 8.0, 0.6)  # spread, crowding at the lower end, floor
+    for _ in range(40):
+        spread, power, floor = (x * math.exp(draw.gauss(0, 0.2)) for x in kept)
+        theta = crowded(round(blocks * (rank + oversampling(rank))), spread, power, min(floor, 0.9))
+        share = max(worst_share(theta, rank, draw.randrange(2**32)) for _ in range(4))
+        assert share <= 1, (spread, power, floor)
+        if share > worst:
+            worst, kept = share, (spread, power, floor)
+
+
+def crowded(members: int, spread: float, power: float, floor: float) -> torch.Tensor:
+    """Return 160 eigenvalues, descending from 1: a cluster that crowds at its lower end."""
+    ends = torch.linspace(1, 0, members, dtype=torch.float64)
+    rest = floor * torch.linspace(1, 0, 160 - members, dtype=torch.float64)
+    theta = torch.cat([1 + spread * ends**power, rest])
+    return theta / theta[0]
 
 
 def assert_no_step_is_told_too_little(theta: torch.Tensor, rank: int, seed: int) -> None:
     """Run the stop of `leading_eigenpairs` by every step's estimate, against the truth."""
-    best = float(theta[:rank].sum())
+    assert worst_share(theta, rank, seed) <= 1
+
+
+def worst_share(theta: torch.Tensor, rank: int, seed: int) -> float:
+    """Return the largest, over the steps, of what is missing over what it is said to be."""
+    best, worst = float(theta[:rank].sum()), 0.0
     before = math.inf
     for step, values, couplings, block in krylov_steps(theta, rank, seed):
         latest = said = could_be_missing(values, couplings, rank, block, early=step <= EARLY_STEPS)
         if may_hide_members(values, rank, block):
             said = max(latest, before)
         before = latest
-        assert step < LEAST_STEPS or 1 - float(values[:rank].sum()) / best <= said + RESOLUTION
+        if step >= LEAST_STEPS:
+            missed = 1 - float(values[:rank].sum()) / best
+            worst = max(worst, missed / (said + RESOLUTION))
+    return worst
 
 
 def staircase(clusters: list[tuple[int, float, float]], d: int, seed: int) -> torch.Tensor:
