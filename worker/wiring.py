@@ -102,8 +102,8 @@ class Context:
 
     def check_plan_size(self, plan: Plan, source: CheckpointSource) -> None:
         """Refuse a plan that reads more than the operator allows: shards, and what goes along."""
-        sizes, index = source.files(), () if plan.index is None else (plan.index,)
-        along = sum(sizes[path].size for path in (*index, *plan.side_files))
+        sizes = source.files()
+        along = sum(sizes[path].size for path in plan.copied)
         self.check_size(plan.source, along + sum(shard.fetched for shard in plan.shards))
 
     def check_ranks(self, ref: str, ranks: Iterable[int]) -> None:

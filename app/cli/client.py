@@ -99,6 +99,11 @@ def _print_state(job: Mapping[str, Any], as_json: bool) -> None:
         print(f"{job['id']}  {job['status']}")
 
 
+def goes_on(job_id: str) -> str:
+    """Say that only the watching is interrupted."""
+    return f"interrupted: the job goes on; `pissa watch {job_id}` follows it again"
+
+
 def follow_and_print(service: Service, job_id: str, *, as_json: bool) -> None:
     """Follow a job to its end and print how it ended.
 
@@ -106,8 +111,7 @@ def follow_and_print(service: Service, job_id: str, *, as_json: bool) -> None:
         PissaError: if it failed or was cancelled.
         Exit: with status 1, if what was to be verified did not pass.
     """
-    message = f"interrupted: the job goes on; `pissa watch {job_id}` follows it again"
-    with on_interrupt(message), display() as shown:
+    with on_interrupt(goes_on(job_id)), display() as shown:
         job = follow(service, job_id, shown)
     if as_json:
         tables.print_json(job)

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from app.cli import tables
-from app.cli.client import follow_and_print
-from app.cli.errors import ServiceUnreachable
+from app.cli.client import follow_and_print, goes_on
+from app.cli.errors import ServiceUnreachable, on_interrupt
 from app.cli.http import Service
 from app.cli.options import config_options, json_option, max_shard_size_option
 from app.cli.outputs import output_options, refuse, required_output
@@ -86,9 +86,10 @@ def submit(
     if not wait:
         tables.print_json(job) if as_json else print(job["id"])
         return
-    if not as_json:
-        print(job["id"], flush=True)
-    follow_and_print(service, job["id"], as_json=as_json)
+    with on_interrupt(goes_on(job["id"])):
+        if not as_json:
+            print(job["id"], flush=True)
+        follow_and_print(service, job["id"], as_json=as_json)
 
 
 def _references(kind: str, refs: Mapping[str, str | None]) -> dict[str, str]:
