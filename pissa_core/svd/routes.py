@@ -13,7 +13,8 @@ from pissa_core.svd.products import times_transposed
 EXPECTED_STEPS = 9
 _PATIENCE = 300  # a flat bulk of 2048 takes 25 steps; nothing met so far took a hundred
 _NARROWEST = 16
-_BASIS = 320  # vectors up to which the small problem is cheap; wide blocks hold three steps anyway
+_BASIS = 320  # vectors up to which the small problem is cheap
+_LEAST_HELD = 4  # steps that a basis of wide blocks holds: with 3 it takes two steps more
 
 
 def oversampling(rank: int) -> int:
@@ -28,14 +29,14 @@ def krylov_shape(d: int, rank: int) -> Shape:
     """Choose block, capacity and restart for the `rank` leading pairs of a d x d operator."""
     block = rank + oversampling(rank)
     keep = rank + max(8, 3 * rank // 4)
-    capacity = keep + max(3, _BASIS // block) * block
+    capacity = keep + max(_LEAST_HELD, _BASIS // block) * block
     return Shape(block, keep, capacity, _PATIENCE)
 
 
 def fits_krylov(d: int, rank: int) -> bool:
     """Whether a Krylov basis is small against d; if not, all of the Gram matrix is solved."""
-    shape = krylov_shape(d, rank)
-    return 2 * shape.block * min(EXPECTED_STEPS, shape.capacity // shape.block) <= d
+    block = krylov_shape(d, rank).block
+    return 2 * block * min(EXPECTED_STEPS, max(_LEAST_HELD, _BASIS // block + 1)) <= d
 
 
 @dataclass(slots=True)
