@@ -219,8 +219,9 @@ def _lay_out(
 ) -> None:
     """Fetch the private copy and reserve the part; the journal appears when both are written.
 
-    Nothing is synced yet, so that no core waits for the disk: what a crash of the machine loses
-    shows in the checksums, by which whoever goes on begins again.
+    Nothing is synced yet, so that no core waits for the disk. What a crash of the machine loses
+    shows in the checksums, which `_can_go_on` takes of everything again; and by another boot id
+    no range of the copy counts as untouched.
     """
     for name in ("journal", "shard", "part"):
         (folder / name).unlink(missing_ok=True)  # may be linked to what has been sealed
