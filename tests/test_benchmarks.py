@@ -233,7 +233,7 @@ def test_the_load_has_a_section_with_its_figures(load):
         "reads": quantiles, "submissions": quantiles, "submissions_per_s": 9.5,
         "api_cpu_ms_per_answer": 4.2, "api_cpu_share": 0.5,
     }  # fmt: skip
-    text = load("summary").load(result)
+    text = load("service_tables").load(result)
     assert "| status | 100 | 12 ms | 100 ms |" in text
     assert "4.2 ms an answer" in text
 
