@@ -64,8 +64,7 @@ def chapter(stem: str, result: dict) -> str:
         f"![Time and memory](results/{stem}.svg)",
         f"### Synthetic checkpoint, {gigabytes(result['checkpoint_bytes'])}",
         table(result["synthetic"]),
-        "What was set out for, and what is reached; where the rest of the time goes stands under "
-        "*Where the time goes*:",
+        "What was set out for, and what is reached:",
         wanted(result),
     ]
     if any(record.get("phases") for record in result["synthetic"]):
