@@ -226,6 +226,14 @@ class JobError(BaseModel):
     hint: str | None = None
 
 
+class JobWait(BaseModel):
+    """Why a job waits: a code, a sentence where there is one, how long until it tries again."""
+
+    code: str
+    message: str | None = None
+    delay_s: float = 0
+
+
 class Job(BaseModel):
     """A job as every answer shows it; no secret is in it."""
 
@@ -233,6 +241,8 @@ class Job(BaseModel):
     kind: str
     status: Status
     phase: Phase
+    waiting: JobWait | None = Field(None, description="why, in the phase `waiting`")
+    staged: bool = Field(False, description="work of it is kept that a resume goes on from")
     progress: Progress
     eta_s: float | None = None
     created_at: datetime

@@ -14,7 +14,7 @@ from app.cli.errors import ExitStatus, on_interrupt
 from app.cli.http import Service, job_path
 from app.cli.kinds import Statuses
 from app.cli.options import job_argument, json_option
-from app.cli.progress import Display, Pace, Snapshot, display
+from app.cli.progress import Display, Pace, Snapshot, display, pause_line
 from pissa_core.errors import CheckpointError, PissaError, TargetError, error_from
 from worker.contract import LONGEST_PAGE, Status
 
@@ -155,6 +155,8 @@ def follow(service: Service, job_id: str, shown: Display) -> dict[str, Any]:
             snapshot = track.snapshot(job)
             if job["status"] == "queued" and _nobody_works(service):
                 snapshot = replace(snapshot, label=NO_WORKER)
+            if pause := track.fresh_pause(job):
+                shown.note(pause)
             shown.show(snapshot)
             if job["status"] in FINAL:
                 return job
@@ -171,11 +173,17 @@ def _nobody_works(service: Service) -> bool:
 
 @dataclass(slots=True)
 class Track:
-    """What successive looks at a job tell together: the pace."""
+    """What successive looks at a job tell together: the pace, and what is not told yet."""
 
     started: bool = False
     pace: Pace = field(default_factory=Pace)
     _seen: int = 0
+    _pause: str | None = None
+
+    def fresh_pause(self, job: Mapping[str, Any]) -> str | None:
+        """Say what a job waits for, unless the look before said the same."""
+        told, self._pause = self._pause, _pause(job)
+        return None if self._pause == told else self._pause
 
     def snapshot(self, job: Mapping[str, Any]) -> Snapshot:
         """Turn a job into progress."""
@@ -203,9 +211,18 @@ def _label(job: Mapping[str, Any]) -> str:
     return phase if status == "running" else status
 
 
+def _pause(job: Mapping[str, Any]) -> str | None:
+    wait = job.get("waiting")
+    if job["status"] != "running" or not wait:
+        return None
+    silent = "a worker was lost, another goes on"
+    return pause_line(wait["delay_s"], wait["message"] or silent)
+
+
 def _failure(job: Mapping[str, Any]) -> PissaError:
     error = job.get("error") or {}
-    again = f"`pissa resume {job['id']}` goes on from what is sealed"
+    how = "goes on from what is sealed" if job.get("staged", True) else "begins it anew"
+    again = f"`pissa resume {job['id']}` {how}"
     if job["status"] == "cancelled":
         return error_from("cancelled", f"job {job['id']} was cancelled", again)
     told = error_from(
@@ -216,4 +233,6 @@ def _failure(job: Mapping[str, Any]) -> PissaError:
     # Resumed, the same request would find the same fault in the same checkpoint.
     if not told.hint and not isinstance(told, CheckpointError | TargetError):
         told.hint = again
+    elif told.retryable:
+        told.hint = f"{told.hint}; {again}"
     return told

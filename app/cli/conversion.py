@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from app.cli.planner import planning
-from app.cli.progress import Display, Pace, Snapshot
+from app.cli.progress import Display, Pace, Snapshot, pause_line
 from pissa_core.errors import OutputExists, PissaError, SourceChanged
 from pissa_core.events import (
     Event,
@@ -172,7 +172,7 @@ def noting(shown: Display) -> Notice:
 
     def note(pause: Pause | None) -> None:
         if pause is not None and pause.seconds >= SHORTEST_NOTED_S:
-            shown.note(f"waiting {pause.seconds:.0f} s: {pause.error.message}")
+            shown.note(pause_line(pause.seconds, pause.error.message))
 
     return note
 

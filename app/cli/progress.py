@@ -58,6 +58,15 @@ class Snapshot:
         return ", ".join(parts)
 
 
+def pause_line(seconds: float, reason: str) -> str:
+    """Say that nothing goes on, for how long, and why.
+
+    >>> pause_line(30, "the Hub takes no more requests"), pause_line(0, "the worker died")
+    ('waiting 30 s: the Hub takes no more requests', 'waiting: the worker died')
+    """
+    return f"waiting {duration(seconds)}: {reason}" if seconds >= 1 else f"waiting: {reason}"
+
+
 @dataclass(slots=True)
 class Pace:
     """Rate and time left, from bytes done here and now; what an earlier run did is no speed."""

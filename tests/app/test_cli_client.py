@@ -11,15 +11,16 @@ from cli_tools import environment, pissa
 from app.cli.client import NO_WORKER, follow
 from app.cli.http import Service
 from app.cli.progress import Snapshot
-from pissa_core.errors import RepoNotFound
+from pissa_core.errors import HubUnavailable, RateLimited, RepoNotFound
 
 
 class Heard:
     """A display that keeps the labels it was shown; `react` is called with each."""
 
-    def __init__(self, react) -> None:
+    def __init__(self, react, on_note=None) -> None:
         self.labels: list[str] = []
         self._react = react
+        self._on_note = on_note
 
     def show(self, snapshot: Snapshot) -> None:
         if snapshot.label not in self.labels:
@@ -27,7 +28,8 @@ class Heard:
             self._react(snapshot.label)
 
     def note(self, text: str) -> None:
-        raise AssertionError(text)
+        assert self._on_note is not None, text
+        self._on_note(text)
 
 
 @pytest.fixture
@@ -51,6 +53,49 @@ def test_an_ended_job_is_deleted_and_a_running_one_is_not(home, make_app, worker
     again = pissa("delete", job_id, env=env)
     assert again.returncode == 1
     assert "error[not_found]" in again.stderr
+
+
+def test_whoever_watches_is_told_what_the_job_waits_for(home, make_app, worker):
+    api = client_of(make_app())
+    job_id = api.post("/v1/jobs", json=BODY).json()["id"]
+    worker.prepare(job_id)
+    claim = worker.start_shard(job_id)
+    worker.tasks.waiting(claim, RateLimited("the Hub takes no more requests"), 30.0)
+    notes = []
+
+    def give_up(text: str) -> None:
+        notes.append(text)
+        worker.tasks.fail(claim, HubUnavailable("it is away", hint="look"), discard=False)
+
+    heard = Heard(lambda label: None, give_up)
+    service = Service(home, api_key=None, hub_token=None)
+    with closing(service._http):
+        job = follow(service, job_id, heard)
+    assert notes == ["waiting 30 s: the Hub takes no more requests"]
+    assert heard.labels == ["waiting", "failed"]
+    assert job["waiting"] is None
+    watched = pissa("watch", job_id, env=environment(PISSA_URL=home))
+    assert watched.returncode == 1
+    assert watched.stderr.endswith(
+        "error[hub_unavailable]: it is away\n"
+        f"hint: look; `pissa resume {job_id}` goes on from what is sealed\n"
+    )
+
+
+def test_what_was_discarded_is_promised_to_nobody(home, make_app, worker):
+    api = client_of(make_app())
+    job_id = api.post("/v1/jobs", json=BODY).json()["id"]
+    env = environment(PISSA_URL=home)
+    worker.prepare(job_id)
+    for discard, promise in (
+        ((), "goes on from what is sealed"),
+        (("--discard",), "begins it anew"),
+    ):
+        assert pissa("cancel", job_id, *discard, env=env).returncode == 0
+        worker.tasks.finish(worker.claim(job_id, "discard"))
+        watched = pissa("watch", job_id, env=env)
+        assert watched.returncode == 1
+        assert watched.stderr.endswith(f"hint: `pissa resume {job_id}` {promise}\n")
 
 
 def test_whoever_watches_is_told_that_nobody_works(home, make_app, worker, store):

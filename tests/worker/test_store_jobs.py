@@ -176,8 +176,10 @@ def test_cancelling_again_may_still_discard(store: JobStore, tasks: TaskStore) -
     assert store.cancel(job_id, discard=True).status is Status.CANCELLING
     sweep = take(tasks, job_id, "discard")
     assert sweep.discard == "all"
+    assert store.get(job_id).staged
     tasks.finish(sweep)
     assert store.cancel(job_id, discard=True).status is Status.CANCELLED
+    assert not store.get(job_id).staged
 
 
 def test_what_another_job_may_go_on_from_is_not_discarded(

@@ -15,7 +15,7 @@ from worker_tools import wait_for
 from pissa_core.errors import Cancelled, HubUnavailable, PissaError, SourceChanged
 from pissa_core.plan import Plan
 from worker.connect import open_store
-from worker.contract import Phase, Status, Task
+from worker.contract import JobWait, Phase, Status, Task
 from worker.errors import StoreUnavailable
 from worker.processes import holder_id, is_dead
 from worker.settings import Settings
@@ -202,6 +202,7 @@ def test_a_retryable_error_waits_and_tries_again(
     tasks.retry(take(tasks, job_id, "shard:0"), HubUnavailable("503"), restart=False)
     waiting = store.get(job_id)
     assert (waiting.status, waiting.phase) == (Status.RUNNING, Phase.WAITING)
+    assert waiting.waiting == JobWait(code="hub_unavailable", message="503", delay_s=0.2)
     [event] = [e for e in store.events(job_id)[0] if e.type.value == "waiting"]
     assert event.data == {
         "task": "shard:0", "code": "hub_unavailable", "message": "503", "delay_s": 0.2,
@@ -209,7 +210,8 @@ def test_a_retryable_error_waits_and_tries_again(
     assert tasks.claim(job_id, "shard:0", holder="") is None
     rounds(reaper, store, lambda: state(store, job_id, "shard:0") != "delayed", "the retry")
     do_shard(tasks, job_id, 0)
-    assert store.get(job_id).phase is Phase.SHARDS
+    over = store.get(job_id)
+    assert (over.phase, over.waiting) == (Phase.SHARDS, None)
 
 
 def test_a_retry_that_never_helps_ends_with_the_errors_own_code(

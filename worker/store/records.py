@@ -14,6 +14,7 @@ from worker.contract import (
     Job,
     JobError,
     JobEvent,
+    JobWait,
     Phase,
     Progress,
     Status,
@@ -35,7 +36,7 @@ class WorkerInfo:
 def as_job(job_id: str, fields: Mapping[str, str], now_ms: int) -> Job:
     """Read a job's hash."""
     error = fields.get("error")
-    status = Status(fields["status"])
+    status, phase = Status(fields["status"]), Phase(fields["phase"])
     progress = Progress(
         matrices=_count(fields, "matrices"),
         shards=_count(fields, "shards"),
@@ -46,7 +47,9 @@ def as_job(job_id: str, fields: Mapping[str, str], now_ms: int) -> Job:
         id=job_id,
         kind=fields["kind"],
         status=status,
-        phase=Phase(fields["phase"]),
+        phase=phase,
+        waiting=_wait(fields) if phase is Phase.WAITING else None,
+        staged="digest" in fields,
         progress=progress,
         eta_s=_eta(fields, status, progress.bytes, now_ms),
         created_at=_time(fields["created"]),
@@ -64,6 +67,11 @@ def as_event(event_id: str, fields: Mapping[str, str]) -> JobEvent:
     data = json.loads(fields["data"]) or {}
     at = _time(event_id.partition("-")[0])
     return JobEvent(id=event_id, at=at, type=EventType(fields["type"]), data=data)
+
+
+def _wait(fields: Mapping[str, str]) -> JobWait | None:
+    text = fields.get("waiting")
+    return JobWait.model_validate_json(text) if text else None
 
 
 def _count(fields: Mapping[str, str], what: str) -> Count:

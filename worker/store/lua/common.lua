@@ -41,6 +41,12 @@ local function emit_json(id, kind, json)
   redis.call('XADD', sub(id, 'events'), 'MAXLEN', '~', 200000, '*', 'type', kind, 'data', json)
 end
 
+-- Tell of a wait; the job holds why, which counts for as long as its phase is `waiting`.
+local function emit_wait(id, data)
+  set(id, 'waiting', cjson.encode(data))
+  emit(id, 'waiting', data)
+end
+
 local function count(what, by) redis.call('HINCRBY', 'pissa:totals', what, by or 1) end
 
 local FINAL = { succeeded = true, failed = true, cancelled = true }

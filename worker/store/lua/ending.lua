@@ -122,6 +122,6 @@ local function lose(id, t, task, a)
   else
     make_ready(id, t, task)
     if redis.call('SCARD', sub(id, 'held')) == 0 then set_phase(id, 'waiting') end
-    emit(id, 'waiting', { task = t, code = a.code, delay_s = 0 })
+    emit_wait(id, { task = t, code = a.code, delay_s = 0 })
   end
 end

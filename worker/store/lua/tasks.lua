@@ -139,7 +139,7 @@ function ops.retry(a)
   if redis.call('SCARD', sub(a.id, 'held')) == 0 then set_phase(a.id, 'waiting') end
   local data = cjson.decode(a.error)
   count('retried:' .. data.code)
-  emit(a.id, 'waiting', { task = t, code = data.code, message = data.message, delay_s = delay / 1000 })
+  emit_wait(a.id, { task = t, code = data.code, message = data.message, delay_s = delay / 1000 })
   return {}
 end
 
@@ -213,7 +213,7 @@ end
 -- The task waits for the Hub; the job does, where no other task of it goes on.
 function ops.waiting(a)
   if not held(a) then return LOST end
-  emit(a.id, 'waiting', { task = a.task, code = a.code, message = a.message, delay_s = a.seconds })
+  emit_wait(a.id, { task = a.task, code = a.code, message = a.message, delay_s = a.seconds })
   if a.task ~= 'discard' and redis.call('SCARD', sub(a.id, 'held')) == 1 then
     set_phase(a.id, 'waiting')
   end
