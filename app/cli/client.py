@@ -15,6 +15,7 @@ from app.cli.http import Service, job_path
 from app.cli.kinds import Statuses
 from app.cli.options import job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display, pause_line
+from app.cli.verification import print_first_faults
 from pissa_core.errors import CheckpointError, PissaError, TargetError, error_from
 from worker.contract import LONGEST_PAGE, Status
 
@@ -127,8 +128,13 @@ def _print_result(job: Mapping[str, Any], service: Service) -> None:
     result = job["result"]
     if result.get("passed") is not None:
         tables.print_verdict({**result, "manifest": f"{service.url}{result['manifest']}"})
+        if not result["passed"]:
+            print_first_faults(service.get(job_path(job["id"], "manifest")))
         return
-    tables.print_result(result)
+    folded = job["kind"] == "pissa-to-base"
+    tables.print_folded(result) if folded else tables.print_result(result)
+    for note in result.get("notes") or ():
+        click.echo(f"note: {note}", err=True)
     if not str(result["output"]).startswith("hf://"):
         print(f"\nthe files: pissa fetch {job['id']} DIR")
 

@@ -14,6 +14,8 @@ from worker.contract import MAIN_SOURCES
 
 Row = Sequence[str]
 
+_KEPT = "kept by the service"
+
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object."""
@@ -118,10 +120,12 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """Print the result of a conversion, and how to load it."""
-    facts = {"output": result.get("output") or "kept by the service"}
+    """Print the result of a conversion, of a base or of a trained adapter."""
+    facts = {"output": result.get("output") or _KEPT}
     if result.get("matrices") is not None:
         facts["matrices"] = str(result["matrices"])
+    if result.get("ranks"):
+        facts |= lora_facts(result["ranks"], result["max_lost"])
     shares = ("energy", "max_missed", "max_recombination_error")
     names = ("captured energy", "most energy missed", "largest recombination error")
     facts |= {
@@ -129,11 +133,25 @@ def print_result(result: Mapping[str, Any]) -> None:
         for key, name in zip(shares, names, strict=True)
         if result.get(key) is not None
     }
+    print_facts(facts | _cost(result))
+
+
+def lora_facts(ranks: Sequence[int], lost: float) -> dict[str, str]:
+    """Say what a plain LoRA's ranks are, the smallest and the largest, and what it has lost."""
+    smallest, largest = ranks
+    return {
+        "rank": str(largest) if smallest == largest else f"{smallest} to {largest}",
+        "largest loss": f"{lost:.3g} of a module's update" if lost else "none, it is exact",
+    }
+
+
+def _cost(result: Mapping[str, Any]) -> dict[str, str]:
+    facts = {}
     if result.get("seconds") is not None:
         facts["time"] = duration(result["seconds"])
     if result.get("peak_memory_bytes"):
         facts["peak memory"] = size(result["peak_memory_bytes"])
-    print_facts(facts)
+    return facts
 
 
 def print_verdict(result: Mapping[str, Any]) -> None:
@@ -153,7 +171,7 @@ def print_verdict(result: Mapping[str, Any]) -> None:
 
 def print_folded(result: Mapping[str, Any]) -> None:
     """Print the result of a fold."""
-    facts = {"output": result["output"], "matrices": str(result["matrices"])}
+    facts = {"output": result["output"] or _KEPT, "matrices": str(result["matrices"])}
     if result["replaced"]:
         facts["taken whole"] = f"{result['replaced']} tensors"
     if result["weights"]:
@@ -163,9 +181,7 @@ def print_folded(result: Mapping[str, Any]) -> None:
         facts["most that one weight is off"] = (
             f"{result['max_ulps']:,} units of the last place (many where it is near zero)"
         )
-    facts["time"] = duration(result["seconds"])
-    facts["peak memory"] = size(result["peak_memory_bytes"])
-    print_facts(facts)
+    print_facts(facts | _cost(result))
 
 
 def loading_snippet(base: str, revision: str | None = None, model_class: str | None = None) -> str:

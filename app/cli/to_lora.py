@@ -217,16 +217,14 @@ def _result(published: Published, plan: LoraPlan, seconds: float) -> dict[str, A
 
 
 def _print(result: dict[str, Any]) -> None:
-    smallest, largest = result["smallest_rank"], result["largest_rank"]
-    lost = result["max_lost"]
+    ranks = result["smallest_rank"], result["largest_rank"]
     tables.print_facts(
         {
             "output": result["output"],
             "for the base": result["base"] or "not known",
             "matrices": str(result["matrices"]),
-            "rank": str(largest) if smallest == largest else f"{smallest} to {largest}",
+            **tables.lora_facts(ranks, result["max_lost"]),
             "parameters": count(result["parameters"]),
-            "largest loss": f"{lost:.3g} of a module's update" if lost else "none, it is exact",
             "time": duration(result["seconds"]),
             "peak memory": size(result["peak_memory_bytes"]),
         }

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from pissa_core.verify.case import Case
 
 
+_TELLING = 2
+
+
 @dataclass(slots=True)
 class Verification:
     """One verification, from what was asked to the report."""
@@ -86,8 +89,39 @@ class Verification:
         )
 
 
+def _stranger(report: Mapping[str, Any]) -> str | None:
+    """Say that the converted model is no output of ours, if it has nothing that makes it one."""
+    if any(path.split("/")[0] in ("pissa_manifest.json", "pissa_init") for path in report["files"]):
+        return None
+    return (
+        f"{report['converted']['ref']} is no output of pissa: it has neither pissa_manifest.json "
+        "nor pissa_init/; what `pissa convert` wrote has both"
+    )
+
+
+def print_first_faults(report: Mapping[str, Any]) -> None:
+    """Print what tells most of a report that is read elsewhere: a fault each of two checks."""
+    print()
+    if sentence := _stranger(report):
+        print(sentence)
+    failed = [check for check in report["checks"] if check["faults"]]
+    for check in failed[:_TELLING]:
+        _print_fault(check["name"], check["faults"][0])
+    faults = sum(len(check["faults"]) + check["more_faults"] for check in failed)
+    if more := faults - len(failed[:_TELLING]):
+        print(f"and {more} more, in the report under `checks`")
+    for sentence in report["unchecked"]:
+        print(f"not checked: {sentence}")
+
+
+def _print_fault(check: str, fault: Mapping[str, str]) -> None:
+    print(f"fault[{check}] {fault['where']}: {fault['what']}")
+
+
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the checks as a table, then every fault, then the verdict."""
+    if sentence := _stranger(report):
+        print(f"{sentence}\n")
     tables.print_table(
         ("check", "looked at", "faults", ""),
         [
@@ -103,7 +137,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     )
     for check in report["checks"]:
         for fault in check["faults"]:
-            print(f"fault[{check['name']}] {fault['where']}: {fault['what']}")
+            _print_fault(check["name"], fault)
         if check["more_faults"]:
             print(f"fault[{check['name']}] and {check['more_faults']} more")
     for sentence in report["unchecked"]:

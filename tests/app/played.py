@@ -100,7 +100,7 @@ class PlayedWorker:
             claim, SHARD, nbytes=292, matrices=len(MATRICES), resumed=False, peak=1000
         )
 
-    def publish(self, job_id: str, folder: Path, files: dict[str, bytes]) -> None:
+    def publish(self, job_id: str, folder: Path, files: dict[str, bytes], **figures: Any) -> None:
         """Write `files` and their manifest below `folder`, and end the job."""
         claim = self.claim(job_id, "publish")
         folder.mkdir(parents=True)
@@ -111,24 +111,25 @@ class PlayedWorker:
             infos[path] = FileInfo(len(content), hashlib.sha256(content).hexdigest())
         text = manifest(PLAN, [row_of(matrix) for matrix in MATRICES], infos)
         (folder / "pissa_manifest.json").write_bytes(text)
-        result = {"output": str(folder), "matrices": len(MATRICES), "energy": 0.75}
+        result = {"output": str(folder), "matrices": len(MATRICES), "energy": 0.75, **figures}
         self.tasks.published(claim, result=result, manifest=json.loads(text), peak=1000)
         self.tasks.finish(claim)
 
     def fail(self, job_id: str, error: PissaError) -> None:
         self.tasks.fail(self.claim(job_id, "prepare"), error, discard=False)
 
-    def complete(self, job_id: str, folder: Path, files: dict[str, bytes]) -> None:
-        """Take a queued job to its end."""
+    def complete(self, job_id: str, folder: Path, files: dict[str, bytes], **figures: Any) -> None:
+        """Take a queued job to its end; `figures` are added to its result."""
         self._work(job_id)
-        self.publish(job_id, folder, files)
+        self.publish(job_id, folder, files, **figures)
 
-    def verify(self, job_id: str, *, passed: bool) -> None:
-        """Take a queued verification to its end."""
+    def verify(self, job_id: str, *, passed: bool, **found: Any) -> None:
+        """Take a queued verification to its end; `found` is more of its report."""
         self._work(job_id)
         claim = self.claim(job_id, "publish")
         rows = [row_of(matrix) for matrix in MATRICES]
         report = {"schema": 1, "kind": "verify", "matrices": rows, "passed": passed}
+        report |= {"files": {"pissa_manifest.json": {}}, "checks": [], "unchecked": [], **found}
         figures = {
             "matrices": len(rows),
             "max_recombination_error": 1e-4,

@@ -91,12 +91,12 @@ def test_what_does_not_belong_together_is_refused_before_anything_is_sent(words,
 
 
 @contextmanager
-def verified(make_app, worker, *, passed):
+def verified(make_app, worker, *, passed, **found):
     """Serve an API with a verification that has ended."""
     app = make_app()
     body = {"kind": "verify", "original": "a/b", "converted": "c/d"}
     job_id = client_of(app).post("/v1/jobs", json=body).json()["id"]
-    worker.verify(job_id, passed=passed)
+    worker.verify(job_id, passed=passed, **found)
     with served(app) as url:
         yield job_id, environment(PISSA_URL=url)
 
@@ -111,3 +111,55 @@ def test_a_verification_that_did_not_pass_is_status_1(make_app, worker, passed, 
     assert f"/v1/jobs/{job_id}/manifest" in done.stdout
     assert "pissa fetch" not in done.stdout
     assert json.loads(told.stdout)["result"]["passed"] is passed
+
+
+def test_a_failed_verification_tells_its_first_faults(make_app, worker):
+    checks = [
+        {"name": "files", "faults": [fault("a"), fault("b")], "more_faults": 3},
+        {"name": "tensors", "faults": [], "more_faults": 0},
+        {"name": "targets", "faults": [fault("c")], "more_faults": 0},
+        {"name": "figures", "faults": [fault("d")], "more_faults": 0},
+    ]
+    found = {"checks": checks, "unchecked": ["the rest"]}
+    with verified(make_app, worker, passed=False, **found) as (job_id, env):
+        done = pissa("watch", job_id, env=env)
+    assert done.stdout.partition("/manifest\n\n")[2] == (
+        "fault[files] a: it is wrong\nfault[targets] c: it is wrong\n"
+        "and 5 more, in the report under `checks`\nnot checked: the rest\n"
+    )
+
+
+def fault(where):
+    return {"check": "files", "where": where, "what": "it is wrong"}
+
+
+@pytest.mark.parametrize(
+    ("body", "figures", "lines"),
+    [
+        (
+            {"kind": "pissa-to-lora", "trained": "a/b"},
+            {"ranks": [2, 8], "max_lost": 0.0123, "notes": ["a norm is left out"]},
+            ["rank 2 to 8", "largest loss 0.0123 of a module's update"],
+        ),
+        (
+            {"kind": "pissa-to-base", "residual": "a/b", "adapter": "c/d"},
+            {"replaced": 0, "weights": 8, "equal_weights": 6, "max_ulps": 12345,
+             "max_recombination_error": 0.00123},
+            ["bit-equal to the original 75 % of 8 weights",
+             "most that one weight is off 12,345 units of the last place "
+             "(many where it is near zero)"],
+        ),
+    ],
+)  # fmt: skip
+def test_a_watched_job_of_each_kind_tells_what_matters(
+    make_app, worker, tmp_path, body, figures, lines
+):
+    app = make_app()
+    job_id = client_of(app).post("/v1/jobs", json=body).json()["id"]
+    worker.complete(job_id, tmp_path / "out", {}, **figures)
+    with served(app) as url:
+        done = pissa("watch", job_id, env=environment(PISSA_URL=url))
+    assert done.returncode == 0, done.stderr
+    told = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert [line for line in lines if line not in told] == []
+    assert ("note: a norm is left out\n" in done.stderr) is ("notes" in figures)

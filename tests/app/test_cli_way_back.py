@@ -13,7 +13,7 @@ import tinymodels
 from conversions import convert_to
 
 from app.cli import tables
-from app.cli.verification import print_report
+from app.cli.verification import print_first_faults, print_report
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,25 @@ def test_verify_finds_a_fault_with_status_1(made, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "fault[files] model.safetensors: its sha256 is" in printed
     assert "NOT PASSED" in printed
+
+
+def test_verify_of_what_we_never_made_says_so_first(made, capsys):
+    words = ("--original", made / "model", "--converted", made / "model")
+    done = pissa("verify", *words, "--json")
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert report["passed"] is False
+    sentence = f"{made / 'model'} is no output of pissa: it has neither pissa_manifest.json nor "
+    print_report(report)
+    assert capsys.readouterr().out.startswith(sentence)
+    print_first_faults(report)
+    told = capsys.readouterr().out.splitlines()
+    assert told[1].startswith(sentence)
+    assert told[2:4] == [
+        "fault[manifest] pissa_manifest.json: it is missing",
+        f"fault[files] {report['checks'][1]['faults'][0]['where']}: it is missing",
+    ]
+    assert told[4] == "and 5 more, in the report under `checks`"
 
 
 def test_verify_of_what_is_not_there_is_an_error(made, tmp_path):
