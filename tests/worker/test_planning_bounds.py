@@ -26,6 +26,9 @@ def run(work: str, *, memory: int = 1 << 30, cpu_s: int = 60) -> str:
         "try: exec(work)\n"
         "except Exception as error: print(type(error).__name__)\n"
         "else: print('done')\n"
+        "import os, sys\n"
+        "sys.stdout.flush()\n"
+        "os._exit(0)\n"  # as Python ends, signals end the process again
     )
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
