@@ -40,6 +40,7 @@ from pissa_core.errors import (
     TargetError,
     WayBackError,
 )
+from pissa_core.wording import sentence_of
 
 PROBLEM_JSON = "application/problem+json"
 RETRY_AFTER_S = 5
@@ -263,10 +264,7 @@ def _on_pissa_error(request: Request, error: Exception) -> Response:
 def _on_invalid_parameters(request: Request, error: Exception) -> Response:
     """Answer for what FastAPI itself checks: parameters of path, query and header."""
     assert isinstance(error, RequestValidationError)
-    places = [
-        {"loc": list(item["loc"]), "msg": item["msg"].removeprefix("Value error, ")}
-        for item in error.errors()
-    ]
+    places = [{"loc": list(item["loc"]), "msg": sentence_of(item)} for item in error.errors()]
     first = places[0]
     where = " ".join(str(part) for part in first["loc"])
     return problem(

@@ -18,13 +18,12 @@ from pydantic_core import ErrorDetails, from_json
 from app.errors import InvalidFields, PayloadTooLarge, RequestTimeout, looks_like_hub_token
 from pissa_core.errors import InvalidConfig, InvalidRequest, OutsideLocalRoot, PissaError
 from pissa_core.refs import LocalRef, Ref, parse_output, parse_ref, resolve_local
-from pissa_core.spec import place_of
+from pissa_core.wording import wrongs
 from worker.contract import SOURCE_FIELDS, BaseToPissa, JobRequest, PissaToLora
 from worker.settings import Settings
 
 MAX_BODY_BYTES = 1 << 20
 BODY_S = 30.0
-_LONGEST_ECHO = 80
 _Value = TypeVar("_Value")
 
 _job_request: TypeAdapter[JobRequest] = TypeAdapter(JobRequest)
@@ -167,30 +166,22 @@ def check(schema: TypeAdapter[_Value], data: object) -> _Value:
     try:
         return schema.validate_python(data, strict=True)
     except ValidationError as error:
+        found = [_of_the_kind(item) for item in error.errors(include_url=False)]
+        # What another kind of job lacks or has too much says nothing of this one.
+        found = [item for item in found if item["loc"] == ("kind",)] or found
         places = [
-            {"loc": ["body", *_place(item, data)], "msg": _sentence(item)}
-            for item in error.errors(include_url=False)
+            {"loc": ["body", *wrong.place], "msg": wrong.why} for wrong in wrongs(found, data)
         ]
         loc, message = places[0]["loc"], places[0]["msg"]
         refusal = InvalidConfig if loc[1:2] in (["pissa"], ["lora"]) else InvalidRequest
         raise InvalidFields(refusal(f"{_dotted(loc)}: {message}"), places) from error
 
 
-def _place(item: Mapping[str, Any] | ErrorDetails, data: object) -> list[int | str]:
+def _of_the_kind(item: ErrorDetails) -> ErrorDetails:
     # Which kinds there are is a fault of the whole body to pydantic.
-    return ["kind"] if item["type"] == "unknown_kind" else place_of(item, data)
-
-
-def _sentence(item: Mapping[str, Any]) -> str:
-    """Say what is wrong with one field and what was given, if that is short and plain."""
-    if item["type"] == "extra_forbidden":
-        return "there is no such field"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    given = item["input"]
-    if item["type"] != "value_error" and isinstance(given, str | int | float | None):
-        shown = repr(given)
-        return message if len(shown) > _LONGEST_ECHO else f"{message} (got {shown})"
-    return message
+    if item["type"] != "unknown_kind":
+        return item
+    return {**item, "loc": ("kind",), "input": item["input"].get("kind")}
 
 
 def _check_references(data: Mapping[str, Any], local_root: Path | None) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from pissa_core.errors import InvalidConfig
+from pissa_core.wording import wrongs
 
 DEFAULT_RANK = 16
 DEFAULT_TOLERANCE = 1e-4
@@ -210,30 +210,11 @@ def parse_config(data: Mapping[str, Any]) -> PissaConfig:
         raise InvalidConfig(_sentence(error, data)) from error
 
 
-def place_of(fault: Mapping[str, Any] | ErrorDetails, data: object) -> list[int | str]:
-    """Return where in `data` a pydantic fault lies, without the names of a union's branches."""
-    place: list[int | str] = []
-    for part in fault["loc"]:
-        if isinstance(data, Mapping) and part in data:  # noqa: SIM114 - another kind of key each
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int):
-            data = data[part]
-        elif fault["type"] != "missing" or part != fault["loc"][-1]:
-            continue
-        place.append(part)
-    return place
-
-
 def _sentence(error: ValidationError, data: object) -> str:
     """Say in one sentence which field a pydantic error is about, its value, and why."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in place_of(first, data))
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f"{where}: there is no such field"
-    if not where:
-        return message
-    return f"{where}: {message} (got {first['input']!r})"
+    first = wrongs(error.errors(include_url=False), data)[0]
+    where = ".".join(str(part) for part in first.place)
+    return f"{where}: {first.why}" if where else first.why
 
 
 def _method_of(spelled: object) -> dict[str, object]:

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pissa_core.errors import InvalidRequest
+from pissa_core.wording import sentence_of
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -128,8 +129,8 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             name = "_".join(str(part) for part in first["loc"][:1]).upper()
-            message = str(first["msg"]).removeprefix("Value error, ")
-            raise InvalidRequest(f"the environment variable PISSA_{name}: {message}") from None
+            why = sentence_of(first)
+            raise InvalidRequest(f"the environment variable PISSA_{name}: {why}") from None
 
     def as_env(self) -> dict[str, str]:
         """Return the variables that make `from_env` of a child process give these settings."""

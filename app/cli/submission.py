@@ -12,7 +12,7 @@ from app.cli import tables
 from app.cli.client import follow_and_print, goes_on
 from app.cli.errors import ServiceUnreachable, on_interrupt
 from app.cli.http import Service
-from app.cli.options import config_options, json_option, max_shard_size_option
+from app.cli.options import config_options, json_option, max_shard_size_option, settings
 from app.cli.outputs import output_options, refuse, required_output
 from app.cli.to_lora import lora_options
 from pissa_core.refs import parse_ref
@@ -124,7 +124,7 @@ def _options(kind: str, pissa: dict[str, Any], lora: dict[str, Any]) -> dict[str
     if kind == _LORA:
         lora = {**({"rank": pissa.pop("rank")} if "rank" in pissa else {}), **lora}
     if kind != _BASE and pissa:
-        raise click.UsageError(f"--kind {kind} has no option for {', '.join(pissa)}")
+        raise click.UsageError(f"--kind {kind} has no {_typed(kind)}")
     if kind != _LORA and lora:
         raise click.UsageError(f"--kind {kind} has no --{next(iter(lora))}")
     if kind == _BASE:
@@ -134,6 +134,17 @@ def _options(kind: str, pissa: dict[str, Any], lora: dict[str, Any]) -> dict[str
         lora_options(**lora)
         return {"lora": lora}
     return {}
+
+
+def _typed(kind: str) -> str:
+    """Name the options about a conversion's config, as they were typed."""
+    given = click.get_current_context().params
+    flags = [
+        setting.flag for setting in settings() if given.get(setting.parameter) not in (None, ())
+    ]
+    if kind == _LORA:
+        flags = [flag for flag in flags if flag != "--rank"]
+    return ", ".join([*flags, *(["--config"] if given.get("config_file") else [])])
 
 
 def _output(

@@ -29,6 +29,7 @@ from pissa_core.errors import InvalidConfig, PissaError
 from pissa_core.events import MatrixDone, Published, Publishing
 from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
 from pissa_core.spec import LoraOptions
+from pissa_core.wording import wrongs
 from worker.processes import peak_memory_bytes
 
 if TYPE_CHECKING:
@@ -114,10 +115,8 @@ def lora_options(**given: Any) -> LoraOptions:
     try:
         return LoraOptions(**given)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InvalidConfig(
-            f"--{first['loc'][0]}: {first['msg']} (got {first['input']})"
-        ) from error
+        first = wrongs(error.errors(include_url=False), given)[0]
+        raise InvalidConfig(f"--{first.place[0]}: {first.why}") from error
 
 
 @dataclass(frozen=True, slots=True)

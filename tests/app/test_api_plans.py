@@ -82,3 +82,6 @@ def test_a_bad_body_is_refused_at_once(api):
 def test_a_plan_is_of_a_base_model(api):
     answer = api.post("/v1/plans", json={"kind": "verify", "original": "a/b", "converted": "c/d"})
     assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert answer.json()["errors"] == [
+        {"loc": ["body", "kind"], "msg": "it must be 'base-to-pissa' (got 'verify')"}
+    ]

@@ -60,7 +60,11 @@ def test_the_version_is_the_packages() -> None:
         (["plan", "org/name", "--rank", "0"], "invalid_config", "rank"),
         (["plan", "org/name", "--rank", "four"], "invalid_config", "rank"),
         (["plan", "org/name", "--svd-method", "magic"], "invalid_config", "svd.method"),
-        (["plan", "org/name", "--lora-alpha", "0"], "invalid_config", "lora_alpha: Input"),
+        (
+            ["plan", "org/name", "--lora-alpha", "0"],
+            "invalid_config",
+            "lora_alpha: it must be greater than 0",
+        ),
         (["jobs", "--limit", "201"], "invalid_request", "--limit"),
         (["plan", "org/name", "--target-modules", "(a"], "invalid_config", "target_modules"),
         (["plan", "org/name", "--rank-pattern", "{"], "invalid_config", "--rank-pattern"),

@@ -76,10 +76,31 @@ def test_each_kind_has_the_body_that_rest_takes(asked, make_app, words, body):
         (["a/b", "--kind", "verify", "--original", "a/b", "--converted", "c/d"], "has no MODEL"),
         (["a/b", "--trained", "c/d"], "--kind base-to-pissa has no --trained"),
         (["a/b", "--tolerance", "0.1"], "has no --tolerance"),
-        (["--kind", "pissa-to-lora", "--trained", "a/b", "--rounding", "peft"], "for rounding"),
+        (
+            ["--kind", "pissa-to-lora", "--trained", "a/b", "--rounding", "peft"],
+            "--kind pissa-to-lora has no --rounding\n",
+        ),
+        (
+            [
+                "--kind",
+                "verify",
+                "--original",
+                "a/b",
+                "--converted",
+                "c/d",
+                "--rank",
+                "4",
+                "--svd-method",
+                "exact",
+            ],
+            "--kind verify has no --rank, --svd-method\n",
+        ),
         (["--kind", "verify", "--original", "a/b", "--converted", "c/d", "--out", "e/f"], "--out"),
         (["--kind", "magic"], "'magic' is not one of"),
-        (["--kind", "pissa-to-lora", "--trained", "a/b", "--tolerance", "2"], "--tolerance: Input"),
+        (
+            ["--kind", "pissa-to-lora", "--trained", "a/b", "--tolerance", "2"],
+            "--tolerance: it must be",
+        ),
         (["--kind", "pissa-to-base", "--residual", "a b", "--adapter", "c/d"], "'a b'"),
     ],
 )

@@ -50,8 +50,8 @@ def test_as_json_with_options(pair, tmp_path):
     ("words", "told"),
     [
         ([], "Missing option '--trained'"),
-        (["--rank", "0"], "--rank: Input should be greater than or equal to 1 (got 0)"),
-        (["--tolerance", "1"], "--tolerance: Input should be less than 1 (got 1.0)"),
+        (["--rank", "0"], "--rank: it must be greater than or equal to 1 (got 0)"),
+        (["--tolerance", "1"], "--tolerance: it must be less than 1 (got 1.0)"),
         (["--trained", "no such ref"], "is not a Hub reference"),
         (["--private"], "--private is about an output on the Hub"),
     ],

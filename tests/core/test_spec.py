@@ -51,6 +51,8 @@ def test_peft_spelling_of_the_method(spelled, method, niter):
     [
         ({"rank": 0}, "rank: .*greater than or equal to 1.*got 0"),
         ({"rank": -4}, "got -4"),
+        ({"rank": "four"}, r"^rank: a whole number is needed \(got 'four'\)$"),
+        ({"layers_to_transform": ["x"]}, "^layers_to_transform.0: a whole number is needed"),
         ({"rank": True}, "rank: .*boolean"),
         ({"rank": 2.5}, r"rank: .*got 2\.5"),
         ({"lora_alpha": 0}, "lora_alpha"),

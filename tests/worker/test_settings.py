@@ -46,9 +46,9 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ("name", "value", "said"),
     [
         ("PISSA_DISK_BUDGET", "much", "PISSA_DISK_BUDGET: 'much' is not a size"),
-        ("PISSA_DISK_BUDGET", "0", "PISSA_DISK_BUDGET: Input should be greater than 0"),
+        ("PISSA_DISK_BUDGET", "0", "PISSA_DISK_BUDGET: it must be greater than 0"),
         ("PISSA_REDIS_URL", "http://x", "PISSA_REDIS_URL: write redis://"),
-        ("PISSA_LEASE_S", "-1", "PISSA_LEASE_S: Input should be greater than 0"),
+        ("PISSA_LEASE_S", "-1", "PISSA_LEASE_S: it must be greater than 0"),
     ],
 )
 def test_a_bad_variable_is_named(
