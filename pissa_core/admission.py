@@ -11,7 +11,7 @@ from pissa_core.fold.planning import fold_bytes
 from pissa_core.fold.result import folded_metadata
 from pissa_core.fold.work import Beside
 from pissa_core.layout.sidefiles import read_card
-from pissa_core.plan import Plan
+from pissa_core.plan import Plan, ShardPlan
 from pissa_core.planning import matrix_bytes, publish_bytes
 from pissa_core.ports import CheckpointSink, CheckpointSource
 from pissa_core.report.card import metadata_of
@@ -104,15 +104,21 @@ def _check_scratch(
     capacity = ledger.capacity()
     needs = {scratch_bytes(plan, shard): shard for shard in plan.shards}
     largest = max(needs)
-    if largest > capacity:
-        shard = needs[largest]
-        raise disk_too_small(
-            largest, capacity, what=f"{shard.path} ({shard.fetched:,} bytes of {shard.source_path})"
-        )
     sizes = {path: info.size for path, info in source.files().items()}
     last = publish_bytes(plan, sizes, plan.estimate.adapter) if is_elsewhere(sink) else 0
+    if largest > capacity:
+        what = _piece(needs[largest])
+        raise disk_too_small(largest, capacity, what=what, least=max(largest, last))
     if last > capacity:
         raise disk_too_small(last, capacity, what="the adapter, one file,")
+
+
+def _piece(shard: ShardPlan) -> str:
+    """Say what a shard is to whoever knows only the source's files."""
+    if shard.run is None:
+        return shard.source_path
+    whole, held = shard.source_path, f"{shard.fetched:,} bytes"
+    return f"{shard.path}, the largest piece that {whole} can be divided into ({held} of it),"
 
 
 def _check_memory(plan: Plan, resolved: Resolved) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from pissa_core.adapters.ledger import Ledger
+from pissa_core.adapters.ledger import Ledger, least_budget
 from pissa_core.errors import DiskTooSmall
 from pissa_core.layout import Layout, Shard, TensorInfo
 from pissa_core.plan import IN_FLIGHT, CarriedTensor, Matrix, Plan, Run, ShardPlan
@@ -79,7 +79,7 @@ def divide(plan: Plan, layout: Layout, *, disk_budget: int, max_shard_size: int)
         raise DiskTooSmall(
             f"{plan.shards[0].path} has {plan.shards[0].size:,} bytes and the disk budget is "
             f"{disk_budget:,}; config.json names the file, so it cannot become several",
-            hint="raise the disk budget",
+            hint=least_budget(max(scratch_bytes(plan, shard) for shard in plan.shards)),
         )
     limits = _Limits(max_shard_size, disk_budget // IN_FLIGHT - JOURNAL_BYTES)
     runs = [

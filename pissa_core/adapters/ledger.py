@@ -180,11 +180,24 @@ class Reservation:
         self.ledger.release(self)
 
 
-def disk_too_small(nbytes: int, capacity: int, *, what: str) -> DiskTooSmall:
-    """Return the error that says what needs how much, and how much there is."""
+def disk_too_small(
+    nbytes: int, capacity: int, *, what: str, least: int | None = None
+) -> DiskTooSmall:
+    """Return the error that says what needs how much, and how much there is.
+
+    `least` is the budget that would do for all of the work, where something else needs more.
+    """
     return DiskTooSmall(
         f"{what} needs {nbytes:,} bytes of scratch at once and the disk budget is {capacity:,}",
-        hint="raise the disk budget (PISSA_DISK_BUDGET, --disk-budget), or free some space",
+        hint=least_budget(least or nbytes),
+    )
+
+
+def least_budget(nbytes: int) -> str:
+    """Say what disk budget would do."""
+    return (
+        f"the least that would do is --disk-budget {nbytes} (PISSA_DISK_BUDGET); as much must be "
+        "free"
     )
 
 

@@ -165,8 +165,8 @@ def _rank_too_large(layer: Injected, names: Names) -> _Objection | None:
     if layer.rank <= min(tensor.shape):
         return None
     return "rank_too_large", (
-        f"rank {layer.rank} exceeds {min(tensor.shape)}, the smaller side of {tensor.name} "
-        f"{list(tensor.shape)}; exclude it, or give it a smaller one in rank_pattern"
+        f"rank {layer.rank} exceeds {min(tensor.shape)}, the highest that {tensor.name} of shape "
+        f"{list(tensor.shape)} can have; exclude it, or give it a smaller one in rank_pattern"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from pissa_core.adapters import staging_digest
 from pissa_core.adapters.local import LocalSink, LocalSource
+from pissa_core.admission import check_plan
 from pissa_core.engine import convert
 from pissa_core.errors import DiskTooSmall
 from pissa_core.plan import IN_FLIGHT, Plan
@@ -172,3 +174,25 @@ def test_the_one_file_that_config_json_names_must_stay_one(tmp_path):
     tinymodels.edit_config(folder, transformers_weights="weights.safetensors")
     with pytest.raises(DiskTooSmall, match=r"weights\.safetensors has .* config\.json names"):
         plan_of(LocalSource(folder), disk_budget=BUDGET)
+
+
+def test_a_budget_that_is_too_small_is_told_the_least_that_would_do(tmp_path):
+    source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
+
+    def refusal(budget: int) -> DiskTooSmall | None:
+        plan = plan_of(source, disk_budget=budget)
+        digest = staging_digest(source, parse_config(plan.config), "out", plan.division)
+        sink, runtime = LocalSink(tmp_path / "out", digest=digest), Runtime(disk_budget=budget)
+        try:
+            check_plan(plan, source, sink, runtime)
+        except DiskTooSmall as error:
+            return error
+        return None
+
+    error = refusal(1000)
+    assert error is not None
+    assert "the largest piece that model.safetensors can be divided into" in error.message
+    found = re.search(r"--disk-budget (\d+) ", error.hint or "")
+    assert found is not None
+    assert refusal(int(found[1])) is None
+    assert refusal(int(found[1]) - 1) is not None

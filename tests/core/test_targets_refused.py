@@ -58,8 +58,8 @@ def test_a_rank_larger_than_the_smaller_side_is_refused_with_all_numbers(tmp_pat
     assert names(targets) == [f"model.layers.{i}.self_attn.k_proj" for i in range(2)]
     assert targets.refused[0].code == "rank_too_large"
     assert targets.refused[0].reason == (
-        "rank 17 exceeds 16, the smaller side of model.layers.0.self_attn.k_proj.weight [16, 32]; "
-        "exclude it, or give it a smaller one in rank_pattern"
+        "rank 17 exceeds 16, the highest that model.layers.0.self_attn.k_proj.weight of shape "
+        "[16, 32] can have; exclude it, or give it a smaller one in rank_pattern"
     )
     # The rest is still planned, so that all objections show at once.
     assert [m.module for m in targets.matrices] == [
