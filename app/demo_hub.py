@@ -21,7 +21,7 @@ from typing import Any
 import click
 import httpx2
 
-from app.demo import console, interrupt, is_folder, stop
+from app.demo import console, interrupt, is_folder, stop, suggest
 from app.minilm import fetch_minilm
 
 _TEST_HUB = Path(__file__).resolve().parent.parent / "tests" / "hub"
@@ -49,6 +49,8 @@ def main(model: str | None, rank: int) -> None:
             status = demo.wait()
         if status == 0:
             report_traffic(endpoint, output)
+    if status == 0:
+        suggest(str(folder))
     raise SystemExit(status)
 
 

@@ -194,6 +194,11 @@ def test_the_demo_shows_a_real_model_converted_and_right(tmp_path):
     manifest = json.loads((output / "pissa_manifest.json").read_text())
     assert len(manifest["matrices"]) == 37
     assert not [path for path in manifest["files"] if "storage" in path]
+    verify, convert, serve = (line.split() for line in text.split("To try next:\n")[1].splitlines())
+    assert convert[1:2] + convert[3:] == ["convert", "--out", "./pissa-r64", "--rank", "64"]
+    assert serve[1] == "serve"
+    tried = subprocess.run(verify, cwd=tmp_path, capture_output=True, text=True)
+    assert tried.returncode == 0, tried.stdout + tried.stderr
     assert still_running(tmp_path) == []
 
 
@@ -220,6 +225,8 @@ def test_the_demo_goes_from_hub_to_hub(tmp_path):
     assert float(difference.split()[-1]) < 1e-4
     assert "\nCommits on pissa-staging-" in text
     assert "\nCommits on main: 1\n" in text
+    assert f"pissa convert {tmp_path / 'tiny'} --out ./pissa-r64" in text
+    assert "pissa verify" not in text
     assert still_running(tmp_path) == []
 
 
