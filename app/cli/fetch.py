@@ -214,7 +214,7 @@ def how_to_load(folder: Path) -> str:
         named = named if isinstance(named, dict) else {}
         base, revision = named.get("base_model_name_or_path"), named.get("revision")
         return tables.lora_snippet(str(folder), base, revision)
-    return tables.plain_snippet(str(folder), model_class_in(folder))
+    return tables.plain_snippet(str(folder), model_class=model_class_in(folder))
 
 
 def model_class_in(folder: Path) -> str | None:

@@ -159,8 +159,9 @@ def to_base(
         result = job.run(shown)
     if as_json:
         tables.print_json(result.as_dict())
-    else:
-        tables.print_folded(result.as_dict())
+        return
+    tables.print_folded(result.as_dict())
+    print(f"\n{tables.plain_snippet(*result.how_to_load())}")
 
 
 @click.command()

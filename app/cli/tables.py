@@ -208,10 +208,13 @@ def lora_snippet(adapter: str, base: str | None, revision: str | None = None) ->
     )
 
 
-def plain_snippet(model: str, model_class: str | None) -> str:
+def plain_snippet(model: str, revision: str | None = None, model_class: str | None = None) -> str:
     """Say in Python how transformers loads a plain model."""
     loader = model_class or "AutoModel"
-    return f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{model}")'
+    pinned = f', revision="{revision}"' if revision else ""
+    return (
+        f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained("{model}"{pinned})'
+    )
 
 
 def print_jobs(jobs: Sequence[Mapping[str, Any]]) -> None:

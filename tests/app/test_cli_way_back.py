@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tinymodels
@@ -44,6 +45,18 @@ def test_to_base_prints_the_result(made, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "bit-equal to the original" in printed
     assert "units of the last place" in printed
+
+
+def test_to_base_prints_how_to_load_the_result(made, tmp_path):
+    out = tmp_path / "plain"
+    adapter = made / "pair/pissa_init"
+    done = pissa("to-base", "--residual", made / "pair", "--adapter", adapter, "--out", out)
+    assert done.returncode == 0, done.stderr
+    facts, _, snippet = done.stdout.partition("\n\n")
+    assert "bit-equal to the original" in facts
+    loaded: dict[str, Any] = {}
+    exec(snippet, loaded)
+    assert type(loaded["model"]).__name__ == "GPT2LMHeadModel"
 
 
 def test_to_base_refuses_what_does_not_belong(made, tmp_path):
