@@ -26,6 +26,7 @@ PATIENCE_S = 60.0
 PASSING = ("service_unreachable", "store_unavailable", "too_many_requests")
 NO_WORKER = "queued, and no worker is there yet"
 FINAL = ("succeeded", "failed", "cancelled")
+_LOST = "a worker was lost, another goes on"
 
 
 @click.command()
@@ -184,12 +185,20 @@ class Track:
     started: bool = False
     pace: Pace = field(default_factory=Pace)
     _seen: int = 0
-    _pause: str | None = None
+    _reason: tuple[str, int] | None = None
+    _longest_s: float = 0.0
 
     def fresh_pause(self, job: Mapping[str, Any]) -> str | None:
-        """Say what a job waits for, unless the look before said the same."""
-        told, self._pause = self._pause, _pause(job)
-        return None if self._pause == told else self._pause
+        """Say what a job waits for, unless it was said and nothing is done or longer since."""
+        wait = job.get("waiting")
+        if job["status"] != "running" or not wait:
+            return None
+        message, delay_s = wait["message"] or _LOST, wait["delay_s"]
+        reason = (message, job["progress"]["bytes"]["done"])
+        if reason == self._reason and delay_s < 2 * self._longest_s:
+            return None
+        self._reason, self._longest_s = reason, max(delay_s, 1.0)
+        return pause_line(delay_s, message)
 
     def snapshot(self, job: Mapping[str, Any]) -> Snapshot:
         """Turn a job into progress."""
@@ -217,14 +226,6 @@ def _label(job: Mapping[str, Any]) -> str:
     return phase if status == "running" else status
 
 
-def _pause(job: Mapping[str, Any]) -> str | None:
-    wait = job.get("waiting")
-    if job["status"] != "running" or not wait:
-        return None
-    silent = "a worker was lost, another goes on"
-    return pause_line(wait["delay_s"], wait["message"] or silent)
-
-
 def _failure(job: Mapping[str, Any]) -> PissaError:
     error = job.get("error") or {}
     how = "goes on from what is sealed" if job.get("staged", True) else "begins it anew"
@@ -240,5 +241,5 @@ def _failure(job: Mapping[str, Any]) -> PissaError:
     if not told.hint and not isinstance(told, CheckpointError | TargetError):
         told.hint = again
     elif told.retryable:
-        told.hint = f"{told.hint}; {again}"
+        told.hint = f"{told.hint} (here: `pissa resume {job['id']}`)"
     return told

@@ -8,7 +8,7 @@ import pytest
 from api_tools import BODY, client_of, served
 from cli_tools import environment, pissa
 
-from app.cli.client import NO_WORKER, follow
+from app.cli.client import NO_WORKER, Track, follow
 from app.cli.http import Service
 from app.cli.progress import Snapshot
 from pissa_core.errors import HubUnavailable, RateLimited, RepoNotFound
@@ -77,9 +77,26 @@ def test_whoever_watches_is_told_what_the_job_waits_for(home, make_app, worker):
     watched = pissa("watch", job_id, env=environment(PISSA_URL=home))
     assert watched.returncode == 1
     assert watched.stderr.endswith(
-        "error[hub_unavailable]: it is away\n"
-        f"hint: look; `pissa resume {job_id}` goes on from what is sealed\n"
+        f"error[hub_unavailable]: it is away\nhint: look (here: `pissa resume {job_id}`)\n"
     )
+
+
+def test_a_wait_is_told_again_only_when_it_grows_or_something_was_done():
+    track = Track()
+
+    def told(delay_s: float, done: int = 0, message: str | None = "the Hub is away") -> str | None:
+        wait = {"code": "any", "message": message, "delay_s": delay_s}
+        counts = {"bytes": {"done": done, "total": 9}}
+        return track.fresh_pause({"status": "running", "progress": counts, "waiting": wait})
+
+    assert told(0.4) == "waiting: the Hub is away"
+    assert [told(delay_s) for delay_s in (0.4, 1.9)] == [None, None]
+    assert told(5) == "waiting 5 s: the Hub is away"
+    assert [told(delay_s) for delay_s in (5, 0.4, 9)] == [None, None, None]
+    assert told(90) == "waiting 1 min 30 s: the Hub is away"
+    assert told(5, done=4) == "waiting 5 s: the Hub is away"
+    assert told(0, done=4, message=None) == "waiting: a worker was lost, another goes on"
+    assert track.fresh_pause({"status": "queued", "waiting": None}) is None
 
 
 def test_what_was_discarded_is_promised_to_nobody(home, make_app, worker):
