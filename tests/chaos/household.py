@@ -170,6 +170,8 @@ class Household:
 
         def ready() -> bool:
             self.tend()
+            if not all(part.alive for part in self.parts if part.wanted):
+                return False  # of one that has just died the API may still tell
             try:
                 answer = httpx2.get(f"{self.url}/readyz", timeout=5)
             except httpx2.TransportError:

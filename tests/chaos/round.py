@@ -66,6 +66,7 @@ class Round:
                 self._submit(jobs)
             for job in self.running:
                 self._move(job, passed)
+                self.home.tend()  # each question may wait for a store that is asleep
             time.sleep(0.05)
         self._calm_down()
         self._check()
