@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pissa_core.svd.narrow import FRESH, FRESH_STEPS, fits_narrow, narrow_capacity
 from pissa_core.svd.operator import GPU_PANEL_BYTES, GRAM_PANEL, PANEL_BYTES
 from pissa_core.svd.routes import fits_krylov, krylov_shape, oversampling
 
@@ -24,9 +25,10 @@ def working_bytes(
     d = min(m, n), D = max(m, n), r = rank, s = dtype_bytes, in bytes:
 
     * always: 2 s m n + 16 (m + n) r for W, R, the triplets and the factors, and three panels.
-    * ``auto`` by Krylov, k vectors in a full basis, b = r + max(8, 16 - r, r / 8) a step:
-      4 d (k + 8 b) + 48 k^2, or 16 b (m + n) for the vectors of both sides, and
-      4 d^2 + 8192 d more if a Gram matrix may be formed.
+    * ``auto`` by Krylov, k vectors in a full basis (`narrow_capacity`, where that is taken, and
+      the few that look outside), b = r + max(8, 16 - r, r / 8): 4 d (k + 8 b) + 48 k^2, or
+      16 b (m + n) for the vectors of both sides, and 4 d^2 + 8192 d more if a Gram matrix may be
+      formed.
     * ``auto`` where r is large against d: 64 d^2 up to d = 512, 32 d^2 above.
     * ``lowrank``: 8 m n for W in float32 (4 if it is stored so), 24 (m + n) r, and what its
       certificate takes, which is a Krylov run of four steps.
@@ -55,6 +57,9 @@ def _auto(m: int, n: int, r: int, dtype_bytes: int) -> int:
         return max(_gram(d, D) + (64 if d <= 512 else 32) * d * d, lift)
     shape = krylov_shape(d, r)
     basis = 4 * d * (shape.capacity + 8 * shape.block) + 48 * shape.capacity**2
+    if fits_narrow(d, r):
+        k = narrow_capacity(d, r)
+        basis = max(basis, 4 * d * (k + FRESH * FRESH_STEPS + 8 * shape.block) + 48 * k * k)
     return max(basis + _gram(d, D), lift)
 
 

@@ -43,10 +43,10 @@ class Ritz:
 
     Attributes:
         values: (k,) float64, descending, of the whole last basis.
-        vectors: (block, d) float32, orthonormal rows.
+        vectors: (p, d) float32, orthonormal rows, of the p leading ones, p > rank.
         newest: (b, d) float32, orthonormal rows in which the residuals lie.
-        couplings: (b, block) float64, the residuals in those coordinates, as columns.
-        missed: `could_be_missing` of these, and of the step before where members may hide.
+        couplings: (b, p) float64, the residuals in those coordinates, as columns.
+        missed: what `svd.missing` says of these.
         steps: products with the operator that were taken.
     """
 
@@ -91,7 +91,7 @@ def leading_eigenpairs(
              doi:10.1137/S0895479898334605 (thick restart).
     """
     b, d = start.shape
-    K = torch.zeros(_whole(shape.capacity + b), d, dtype=torch.float32, device=start.device)
+    K = torch.zeros(whole(shape.capacity + b), d, dtype=torch.float32, device=start.device)
     T = torch.zeros(shape.capacity, shape.capacity, dtype=torch.float64, device=start.device)
     K[:b] = start
     k, step, solved_at, before = b, 0, 0, 0.0
@@ -99,7 +99,7 @@ def leading_eigenpairs(
     solve_at = LEAST_STEPS + wide
     while True:
         step += 1
-        C, Q, B = split_off(K[: _whole(k)], apply(K[k - b : k]), generator)
+        C, Q, B = split_off(K[: whole(k)], apply(K[k - b : k]), generator)
         T[k - b : k, :k] = C[:, :k]
         T[:k, k - b : k] = C[:, :k].t()
         full = k + b > shape.capacity
@@ -145,9 +145,12 @@ def solve_small(T: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return values.flip(0).double(), S.flip(1)
 
 
-def _whole(k: int) -> int:
-    # Products with the basis come in a few sizes (its further rows are zero), since oneDNN
-    # compiles, and keeps, a kernel of nearly a megabyte for every size it meets.
+def whole(k: int) -> int:
+    """Return k rounded up to one of a few sizes, with which products of a basis are made.
+
+    Its further rows are zero. oneDNN compiles, and keeps, a kernel of nearly a megabyte for every
+    size it meets.
+    """
     return -(-k // _SIZES) * _SIZES
 
 

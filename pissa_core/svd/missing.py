@@ -10,6 +10,7 @@ _SAFETY = 3.0
 _SAFETY_WHERE_HIDDEN = 10.0
 _DROP = 0.25  # of a cluster's width: a drop this large ends it
 _TINY = torch.finfo(torch.float64).tiny
+_BISECTIONS = 16
 _ROUNDING = 8 * torch.finfo(torch.float32).eps  # of G v, relative to the largest eigenvalue
 
 
@@ -62,21 +63,63 @@ def could_be_missing(
     levels = 1 if early or len(values) < 3 * block or hidden else 2
     head = levels * block - 1
     lengths = torch.linalg.vector_norm(couplings, dim=0)
-    delta = values[head] + lengths[head]
+    delta = float(values[head] + lengths[head])
     noise = _ROUNDING * values[0]
     heard = (lengths.square() - noise * noise).clamp(min=0).sqrt()
     L = couplings * (heard / lengths.clamp(min=_TINY))
-    bordered = torch.diag(torch.cat([values[:head], delta.expand(len(L))]))
+    safety = _SAFETY_WHERE_HIDDEN if hidden else _SAFETY
+    share = max(0.0, safety * _gain(values, L, rank, head, delta) / total)
+    return share / (1 + share)
+
+
+def beyond_ceiling(
+    values: Tensor, couplings: Tensor, rank: int, head: int, ceiling: float
+) -> float:
+    """Bound the share that r Ritz pairs miss, given the largest eigenvalue of G outside the basis.
+
+    As in `could_be_missing`, but delta is no hypothesis: from H <= ceiling it follows that G is
+    at most delta outside the h leading Ritz vectors as soon as
+
+        L_rest (delta - Theta_rest)^-1 L_rest^T <= delta - ceiling      (Schur complement),
+
+    whatever h is; the smallest such delta is found by bisection.
+
+    Shapes   values (k,) descending, rank <= head < k; couplings (b, k) as in `could_be_missing`.
+    Error    **a bound, given the ceiling**, up to float32 rounding of couplings and values.
+    Cost     a problem of head + b, and a dozen of b.
+    Source   as `could_be_missing`; Schur complement: Horn, Johnson 2013, "Matrix Analysis", 7.7.
+    """
+    total = float(values[:rank].clamp(min=0).sum())
+    if total == 0.0:
+        return 0.0
+    delta = _above_the_rest(values[head:], couplings[:, head:], ceiling)
+    share = max(0.0, _gain(values, couplings, rank, head, delta) / total)
+    return share / (1 + share)
+
+
+def _above_the_rest(rest: Tensor, couplings: Tensor, ceiling: float) -> float:
+    low = max(float(rest[0]), ceiling)
+    high = low + float(torch.linalg.matrix_norm(couplings, 2))
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        reduced = (couplings / (middle - rest).clamp(min=_TINY)) @ couplings.t()
+        if float(torch.linalg.eigvalsh(reduced)[-1]) <= middle - ceiling:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _gain(values: Tensor, L: Tensor, rank: int, head: int, delta: float) -> float:
+    """Return by how much the sum of r eigenvalues could exceed that of the Ritz values."""
+    bordered = torch.diag(torch.cat([values[:head], values.new_full((len(L),), delta)]))
     bordered[head:, :head] = L[:, :head]
     if values[rank - 1] > delta:
-        rest = values[head:]
+        rest, noise = values[head:], _ROUNDING * values[0]
         weights = 1 / (delta - rest).clamp(min=noise) - 1 / (values[rank - 1] - rest)
         bordered[head:, head:] -= (L[:, head:] * weights) @ L[:, head:].t()
     reached = torch.linalg.eigvalsh(bordered)  # asks the lower triangle alone
-    reach = float(reached[-rank:].clamp(min=0).sum())
-    safety = _SAFETY_WHERE_HIDDEN if hidden else _SAFETY
-    share = max(0.0, safety * (reach - total) / total)
-    return share / (1 + share)
+    return float(reached[-rank:].clamp(min=0).sum() - values[:rank].clamp(min=0).sum())
 
 
 def may_hide_members(values: Tensor, rank: int, block: int) -> bool:

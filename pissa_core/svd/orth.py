@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from pissa_core.svd.products import times, times_transposed
 
 _TINY = torch.finfo(torch.float32).tiny
-_NARROW = 48
+_NARROW = 32
 _HALF = 0.5
 _MOST_ROUNDS = 6
 _STEEP = 1e-3  # a Cholesky pivot below this: a second round would not mend the first
@@ -35,8 +35,13 @@ def orthonormal_rows(Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
     return Q, L
 
 
-def split_off(K: Tensor, Y: Tensor, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+def split_off(
+    K: Tensor, Y: Tensor, generator: Generator, near: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Split Y = C K + B Q: its part in the row space of K, and an orthonormal rest.
+
+    `near`: rows of K, where Y has no part in the others but for rounding, as in a recurrence of
+    Lanczos. Then C is (b, len(near)), and the first half asks those alone.
 
     Shapes   K (k, d), rows orthonormal or zero; Y, Q (b, d); C (b, k); B (b, b) float64. The
              rows of K that are not zero and those of Y are together at most d.
@@ -52,8 +57,9 @@ def split_off(K: Tensor, Y: Tensor, generator: Generator) -> tuple[Tensor, Tenso
     narrow = len(Y) < _NARROW
     multiply_transposed = _plain_transposed if narrow else times_transposed
     multiply = torch.mm if narrow else times
-    C = multiply_transposed(Y, K)
-    Q, B, _ = _cholesky_round(Y - multiply(C, K), generator)
+    first = K if near is None else near
+    C = multiply_transposed(Y, first)
+    Q, B, _ = _cholesky_round(Y - multiply(C, first), generator)
     for _ in range(_MOST_ROUNDS):
         Q.sub_(multiply(multiply_transposed(Q, K), K))
         Q, again, kept = _cholesky_round(Q, generator)

@@ -17,15 +17,19 @@ from pissa_core.svd.krylov import (
     solve_small,
 )
 from pissa_core.svd.missing import RESOLUTION, could_be_missing
+from pissa_core.svd.narrow import few_eigenpairs, fits_narrow
 from pissa_core.svd.operator import Operator, operator_of, scale_
 from pissa_core.svd.orth import orthonormal_rows
-from pissa_core.svd.routes import Products, fits_krylov, krylov_shape, oversampling
+from pissa_core.svd.routes import (
+    NOISE,
+    ROOM,
+    Products,
+    fits_krylov,
+    krylov_shape,
+    oversampling,
+    products_for_few,
+)
 
-# Share of the energy, a rank, that the roundings of rough products are expected to cost. Measured
-# on Gaussian matrices of 2048: 1.6e-7 at rank 16 and 1e-6 at rank 1 with a heavy tail; without one
-# 6e-6 and 8e-5. Where it is more than is allowed, the rough search is thrown away, and only time
-# is lost.
-NOISE = 1.9e-7
 # Steps of block Krylov from lowrank's own result that show what it missed.
 _STEPS_TO_CERTIFY = 4
 
@@ -41,7 +45,7 @@ class TruncatedSvd:
         method: the route taken: ``exact``, ``lowrank``, ``gram`` (eigenvectors of all of the
             smaller Gram matrix), ``krylov`` (on W) or ``gram-krylov`` (on the Gram matrix).
         norm: ||W||_F.
-        optimum: upper estimate of the sum of the r largest sigma^2; see `could_be_missing`.
+        optimum: upper estimate of the sum of the r largest sigma^2; see `svd.missing`.
         exact_side: the side on which the triplets hold to rounding, ``right`` if W Vt^T = U S,
             ``left`` if U^T W = S Vt; the other side's residual bounds the error of S.
         residuals: (r,) norms of the other side's residuals, where they were needed anyway.
@@ -68,14 +72,15 @@ def truncated_svd(
              power of two where the squares of W would overflow or vanish; results float32.
     Error    ``exact``: backward stable. ``lowrank``: what `torch.svd_lowrank` gives. ``auto``: the
              share of the optimal energy sum_{i<=r} sigma_i^2 that is missing is at most `tolerance`
-             by the estimate of `could_be_missing`, which is no bound, with RESOLUTION counted in;
-             below twice RESOLUTION, where float32 sums of squares say nothing, ``auto`` takes
-             ``exact``. Single vectors inside a cluster around sigma_r are not determined by this,
-             and need not be.
+             by the estimate of `could_be_missing`, which is no bound, or by `beyond_ceiling`, which
+             is one given a ceiling, itself an estimate; RESOLUTION is counted in. Below twice
+             RESOLUTION, where float32 sums of squares say nothing, ``auto`` takes ``exact``.
+             Single vectors inside a cluster around sigma_r are not determined by this, and need
+             not be.
     Sign     as it comes; `split_principal` makes it unique.
     Random   the start, from `seed` alone, drawn on the CPU whatever the device. Same bytes on the
              same kind of device with the same number of BLAS threads, whatever else runs.
-    Cost     see `leading_eigenpairs`, `dense.exact`, `dense.lowrank` and `routes`.
+    Cost     see `leading_eigenpairs`, `few_eigenpairs`, `dense` and `routes`.
     Source   Musco, Musco 2015, arXiv:1504.05477; Halko, Martinsson, Tropp 2011, arXiv:0909.4061.
     """
     operator, norm = operator_of(W)
@@ -147,9 +152,13 @@ def _auto(
     if not fits_krylov(d, rank):
         return _by_gram(operator, norm, rank)
     tolerance -= RESOLUTION  # which every certificate adds
+    if fits_narrow(d, rank) and device.type == "cpu":
+        few = _by_few(operator, norm, rank, tolerance, generator)
+        if few is not None:
+            return few
     shape = krylov_shape(d, rank)
     start = random_start(shape.block, d, generator, device)
-    if operator.has_rough_products and tolerance >= 4 * NOISE * rank:
+    if operator.has_rough_products and tolerance >= ROOM * NOISE * rank:
         refined, start = _roughly(operator, norm, rank, tolerance, start, generator)
         if refined is not None:
             return refined
@@ -162,6 +171,33 @@ def _auto(
     method, products.gram = products.method, None
     V = found.vectors[:rank]
     return _lifted(operator, norm, V, method, _optimum(found, rank), found.missed)
+
+
+def _by_few(
+    operator: Operator, norm: float, rank: int, tolerance: float, generator: Generator
+) -> TruncatedSvd | None:
+    """Search by `few_eigenpairs`, with the cheapest products first; None where it gives up."""
+    for may_be_rough in (operator.has_rough_products, False):
+        products, noise = products_for_few(operator, rank, tolerance, may_be_rough=may_be_rough)
+        found = few_eigenpairs(
+            products.apply,
+            operator.short,
+            rank,
+            oversampling(rank),
+            tolerance=(math.sqrt(tolerance) - math.sqrt(noise)) ** 2,
+            generator=generator,
+            device=operator.W.device,
+        )
+        method, products.gram = products.method, None
+        if found is None:
+            return None
+        if not products.roughly:
+            V = found.vectors[:rank]
+            return _lifted(operator, norm, V, method, _optimum(found, rank), found.missed)
+        refined = _refined(operator, norm, found, rank, method, tolerance)
+        if refined is not None:
+            return refined
+    return None
 
 
 def _roughly(
