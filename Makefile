@@ -60,7 +60,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow and not browser and not chaos" $(PARALLEL) $(PYTEST_ARGS)
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not browser and not chaos" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "slow and not browser and not chaos" $(PARALLEL) $(PYTEST_ARGS)
 
 test-browser: setup
 	$(BIN)/python -m pytest -m browser $(PYTEST_ARGS)

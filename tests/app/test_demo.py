@@ -202,6 +202,7 @@ def test_the_demo_shows_a_real_model_converted_and_right(tmp_path):
     assert still_running(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_demo_takes_a_model_from_the_hub_when_it_answers(tmp_path, hub):
     LlamaForCausalLM(TINY_LLAMA).to(torch.bfloat16).save_pretrained(tmp_path / "model")
     hub.create_repo(demo.HUB_MODEL, tmp_path / "model")
@@ -214,6 +215,7 @@ def test_the_demo_takes_a_model_from_the_hub_when_it_answers(tmp_path, hub):
     assert manifest["source"]["ref"] == f"hf://{demo.HUB_MODEL}@{manifest['source']['commit']}"
 
 
+@pytest.mark.slow
 def test_the_demo_goes_from_hub_to_hub(tmp_path):
     LlamaForCausalLM(TINY_LLAMA).save_pretrained(tmp_path / "tiny")
     process = start_demo(tmp_path, "./tiny", "--rank", "4", module="app.demo_hub")

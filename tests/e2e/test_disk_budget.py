@@ -60,6 +60,7 @@ def converting(hub, output: str, *more: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_within_the_budget(hub, model, whole, tmp_path):
     hub.create_repo(ID, model)
     output = tmp_path / "out"
@@ -88,6 +89,7 @@ def test_killed_and_resumed_within_the_budget(hub, model, whole, tmp_path):
     assert_same(output, whole)
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_shards_and_the_budget(hub, model, whole, tmp_path):
     hub.create_repo(ID, model)
     token = hub.create_token("me")

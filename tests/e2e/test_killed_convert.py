@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conversions import checksums, convert_to
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {"rank": 8, "svd": {"method": "exact"}}
 OPTIONS = ["--rank", "8", "--svd-method", "exact", "--device", "cpu", "--slots", "1", "--json"]
 

@@ -27,6 +27,8 @@ from worker.connect import open_store
 from worker.contract import Job, PissaToBase, PissaToLora, Status
 from worker.embedded import embedded_valkey
 
+pytestmark = pytest.mark.slow
+
 GIANT = "model-00001-of-00001.safetensors"
 BUDGET = 9_000_000
 SHARD = 4_000_000

@@ -35,6 +35,8 @@ from worker.settings import Settings
 from worker.store import JobStore
 from worker.sweeping import Sweeper
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"rank": 4, "svd": {"method": "exact"}}
 
 
