@@ -85,7 +85,7 @@ def beyond_ceiling(
     whatever h is; the smallest such delta is found by bisection.
 
     Shapes   values (k,) descending, rank <= head < k; couplings (b, k) as in `could_be_missing`.
-    Error    **a bound, given the ceiling**, up to float32 rounding of couplings and values.
+    Error    **a bound, given the ceiling**, of what a Krylov space of exact products misses.
     Cost     a problem of head + b, and a dozen of b.
     Source   as `could_be_missing`; Schur complement: Horn, Johnson 2013, "Matrix Analysis", 7.7.
     """
@@ -102,7 +102,7 @@ def _above_the_rest(rest: Tensor, couplings: Tensor, ceiling: float) -> float:
     high = low + float(torch.linalg.matrix_norm(couplings, 2))
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        reduced = (couplings / (middle - rest).clamp(min=_TINY)) @ couplings.t()
+        reduced = (couplings / (middle - rest).clamp(min=_ROUNDING * low)) @ couplings.t()
         if float(torch.linalg.eigvalsh(reduced)[-1]) <= middle - ceiling:
             high = middle
         else:
@@ -119,7 +119,9 @@ def _gain(values: Tensor, L: Tensor, rank: int, head: int, delta: float) -> floa
         weights = 1 / (delta - rest).clamp(min=noise) - 1 / (values[rank - 1] - rest)
         bordered[head:, head:] -= (L[:, head:] * weights) @ L[:, head:].t()
     reached = torch.linalg.eigvalsh(bordered)  # asks the lower triangle alone
-    return float(reached[-rank:].clamp(min=0).sum() - values[:rank].clamp(min=0).sum())
+    # Outside these there may be delta as often as one likes.
+    reached = torch.cat([reached, values.new_full((rank,), delta)]).topk(rank).values
+    return float(reached.clamp(min=0).sum() - values[:rank].clamp(min=0).sum())
 
 
 def may_hide_members(values: Tensor, rank: int, block: int) -> bool:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 EPS = torch.finfo(torch.float32).eps
 # Of these a narrow block sees all there is; others it may leave to a wide one.
-SEEN = ("fast decay", "slow decay", "harmonic", "heavy tail over a bulk", "rank one", "one outlier")
+SEEN = ("fast decay", "slow decay", "harmonic", "heavy tail over a bulk", "rank one")
 
 
 def few(theta: torch.Tensor, rank: int, tolerance: float = 1e-4, seed: int = 0) -> Ritz | None:
@@ -122,7 +122,7 @@ def test_clusters_wider_than_the_block(
     assert truth_over_said(theta / theta[0], rank, tolerance, seed) <= 1
 
 
-@pytest.mark.parametrize("rank", [41, 64])
+@pytest.mark.parametrize("rank", [41, 64, 110])
 def test_no_climb_to_worse_clusters_finds_a_false_bound(rank: int) -> None:
     # Longer climbs, of 5000 runs, came no nearer than 0.97.
     draw = random.Random(rank)
@@ -176,29 +176,56 @@ def test_the_basis_stays_orthonormal_and_t_is_its_projection() -> None:
 
 @given(
     seed=st.integers(0, 2**32),
-    rank=st.integers(1, 12),
+    rank=st.integers(1, 20),
     head=st.integers(0, 12),
+    outer=st.sampled_from([0.1, 0.5, 0.9, 1.1]),
+    coupled=st.sampled_from([1e-3, 0.1, 0.5]),
     power=st.sampled_from([0.3, 1.0, 3.0]),
-    size=st.sampled_from([16, 24, 40]),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 def test_given_the_ceiling_it_is_a_bound(
-    seed: int, rank: int, head: int, power: float, size: int
+    seed: int, rank: int, head: int, outer: float, coupled: float, power: float
 ) -> None:
-    # Any orthonormal rows do, if the couplings go to all that is outside them.
+    # Of forty directions outside, the basis is coupled to four: fewer than the rank.
     generator = torch.Generator().manual_seed(seed)
-    theta = torch.rand(60, dtype=torch.float64, generator=generator) ** power
-    theta = theta.sort(descending=True).values
-    basis = torch.randn(60, 60, dtype=torch.float64, generator=generator)
-    basis[:size] *= theta**2  # lean towards the leading ones
-    Q = torch.linalg.qr(basis.T).Q.T
-    G = (Q * theta) @ Q.T
-    values, S = torch.linalg.eigh(G[:size, :size])
-    ceiling = float(torch.linalg.eigvalsh(G[size:, size:])[-1])
-    values, couplings = values.flip(0), (G[size:, :size] @ S).flip(1)
-    missed = 1 - float(values[:rank].sum() / theta[:rank].sum())
-    said = beyond_ceiling(values, couplings, rank, min(rank + head, size - 1), ceiling)
-    assert missed <= said + 1e-12
+    values = torch.rand(30, dtype=torch.float64, generator=generator) ** power
+    values = values.sort(descending=True).values
+    H = torch.randn(40, 40, dtype=torch.float64, generator=generator)
+    H = outer * (H @ H.T) / float(torch.linalg.matrix_norm(H, 2)) ** 2
+    if seed % 2:
+        H = outer * torch.eye(40, dtype=torch.float64)
+    couplings = coupled * torch.randn(4, 30, dtype=torch.float64, generator=generator) / 5
+    G = torch.block_diag(torch.diag(values), H)
+    G[30:34, :30], G[:30, 30:34] = couplings, couplings.T
+    truth = torch.linalg.eigvalsh(G).flip(0)[:rank].clamp(min=0).sum()
+    missed = 1 - float(values[:rank].sum() / truth)
+    ceiling = float(torch.linalg.eigvalsh(H)[-1])
+    said = beyond_ceiling(values, couplings, rank, min(rank + head, 29), ceiling)
+    assert missed <= said + 1e-9
+
+
+@pytest.mark.parametrize("gap", [0.03, 0.01, 0.002])
+def test_several_clusters_wider_than_the_block_hide_more_than_a_block(gap: float) -> None:
+    theta = torch.linspace(0.3, 0, 2048, dtype=torch.float64)
+    theta[:600] = 1.0
+    for i, step in enumerate((1.0, 1.1, 1.2, 1.3, 1.4)):
+        theta[600 + 32 * i : 632 + 32 * i] = 1 - gap * step
+    assert truth_over_said(theta, 128, 1e-2, 0) <= 1
+    assert truth_over_said(theta, 96, 1e-3, 0) <= 1
+
+
+@pytest.mark.usefixtures("bfloat16_products")
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("spectrum", ["one over ones", "one over a tail"])
+def test_one_value_far_above_the_others_leaves_rounding(spectrum: str, tolerance: float) -> None:
+    theta = 1 / torch.arange(1, 801, dtype=torch.float64)
+    theta[0] = 1e4
+    if spectrum == "one over ones":
+        theta[1:128], theta[128:], theta[0] = 1.0, 0.5, 1e3
+    W = with_spectrum(theta.sqrt(), 1600, 800).bfloat16()
+    found = truncated_svd(W, 64, method="auto", tolerance=tolerance, niter=0, seed=0)
+    said = certify(found, torch.zeros_like(found.S), 0.0).missed
+    assert missed_energy(W, found.U, found.S, found.Vt) <= said <= tolerance
 
 
 def test_the_bound_is_near_the_truth_where_it_is_small() -> None:
