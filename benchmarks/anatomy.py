@@ -27,6 +27,7 @@ from pissa_core.slots import usable_cores
 from pissa_core.spec import SvdConfig
 from pissa_core.split import split_principal
 from pissa_core.svd import truncated_svd
+from pissa_core.svd.products import times_transposed
 
 
 def seconds(work: Callable[[], object], rounds: int = 3) -> float:
@@ -84,6 +85,17 @@ def checksum_seconds(path: Path) -> float:
     return seconds(work, 1)
 
 
+def rates() -> dict[str, float]:
+    """Return GFLOP/s of one core at a product of a panel's size: ours, and plain torch's."""
+    a, b = torch.randn(512, 2048), torch.randn(2048, 2048)
+    ways = {
+        "float32": partial(times_transposed, a, b),
+        "bfloat16": partial(times_transposed, a.bfloat16(), b.bfloat16()),
+        "torch.mm": partial(torch.mm, a, b.t()),
+    }
+    return {way: 2e-9 * 512 * 2048**2 / seconds(work, 10) for way, work in ways.items()}
+
+
 def copy_seconds(source: Path, work: Path) -> float:
     target = work / "copied"
     code = ["sh", "-c", f"cp '{source}' '{target}' && sync '{target}'"]
@@ -111,7 +123,7 @@ def main() -> None:
         "reading and writing the bytes, as `cp` + fsync does": copy_seconds(file, work),
         "sha256 of the output": checksum_seconds(file),
     }
-    result = {"machine": machine(), "cores": usable_cores(), "ranks": []}
+    result = {"machine": machine(), "cores": usable_cores(), "gflops": rates(), "ranks": []}
     for rank in args.ranks:
         layer = of_one_layer(source, rank)
         pieces = {
