@@ -21,6 +21,7 @@ def main() -> None:
 
     from pissa_core.adapters import staging_digest
     from pissa_core.adapters.hub import HubSink, HubSource
+    from pissa_core.adapters.hub.pacing import Pace
     from pissa_core.engine import convert
     from pissa_core.planning import make_plan
     from pissa_core.refs import HubRef
@@ -34,8 +35,11 @@ def main() -> None:
     plan = make_plan(source, config, disk_budget=args.disk_budget)
     seconds["plan"] = time.perf_counter() - STARTED - seconds["import"]
     digest = staging_digest(source, config, args.output, plan.division)
-    sink = HubSink(HubRef(args.output), digest=digest, scratch=args.scratch)
-    for _ in convert(source, sink, config, Runtime(device=args.device), plan=plan):
+    # This Hub refuses no commit, however many there are: what shards cost is to be seen.
+    pace = Pace(most=10_000, at_once=10_000)
+    sink = HubSink(HubRef(args.output), digest=digest, scratch=args.scratch, pace=pace)
+    runtime = Runtime(device=args.device, disk_budget=args.disk_budget)
+    for _ in convert(source, sink, config, runtime, plan=plan):
         pass
     seconds["convert"] = time.perf_counter() - STARTED - sum(seconds.values())
     print(json.dumps({"seconds": seconds, "ref": sink.ref, "matrices": len(plan.matrices)}))
