@@ -19,7 +19,8 @@ class Certificate:
         energy: sum sigma^2 / ||W||_F^2, the share of the energy that the adapter took. Measured;
             right to float32 rounding.
         missed: share of the best possible sum of r sigma^2 that is missing, from above. **An
-            estimate**: see `pissa_core.svd.missing`. Never below RESOLUTION = 4e-6.
+            estimate**, or a bound that rests on one: see `pissa_core.svd.missing`. Never below
+            RESOLUTION = 4e-6.
         sigma_error: for each sigma, a distance within which W has a singular value. **A bound**
             (Weyl), up to float32 rounding, since it is the norm of the residual W v - sigma u or
             W^T u - sigma v; it does not say that it is the i-th largest.
