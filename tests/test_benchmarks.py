@@ -172,7 +172,7 @@ def test_the_summary_has_a_row_a_contender(load):
 @pytest.mark.slow
 def test_a_giant_goes_from_hub_to_hub_within_its_disk(load, tmp_path, monkeypatch):
     giant, summary = load("giant"), load("summary")
-    bench = giant.Bench(tmp_path, scale=64, device="cpu", rank=4)
+    bench = giant.Bench(tmp_path, scale=32, device="cpu", rank=4)
     runs = [bench.run(case) for case in giant.CASES]
     for run in runs:
         assert run["shards"] == 30
@@ -184,9 +184,9 @@ def test_a_giant_goes_from_hub_to_hub_within_its_disk(load, tmp_path, monkeypatc
     assert passed["shards_downloaded"] == 30
     assert copied["up_per_byte"] < 0.5 < 0.99 < passed["up_per_byte"]
     result = {"machine": load("measure").machine(), "device": "cpu", "runs": runs}
-    table = summary.giant({**result, "scale": 64, "layer": 40, "rank": 4})
+    table = summary.giant({**result, "scale": 32, "layer": 40, "rank": 4})
     assert "| uploads of a file, at most | 1 | 1 | 1 |" in table
-    assert "every side 1/64" in table
+    assert "every side 1/32" in table
 
 
 def test_a_case_of_the_giant_that_is_run_again_leaves_the_others_stored(load, tmp_path):
