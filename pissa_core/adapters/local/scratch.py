@@ -181,6 +181,14 @@ def _inside(folder: Path) -> list[Path]:
         return []
 
 
+def below(root: Path, depth: int) -> list[Path]:
+    """List what lies so many levels below a folder, sorted, while others may remove any of it."""
+    found = [root]
+    for _ in range(depth):
+        found = [path for folder in found for path in _inside(folder)]
+    return found
+
+
 def remove_if_empty(*folders: Path) -> None:
     """Remove folders, each if nothing is in it."""
     for folder in folders:
@@ -191,7 +199,7 @@ def remove_if_empty(*folders: Path) -> None:
 def discard_old(root: Path, age: timedelta) -> None:
     """Remove scratch that dead attempts left below ``root/RESULT/SHARD/`` and nobody takes up."""
     oldest = time.time() - age.total_seconds()
-    for path in root.glob("*/*/*"):
+    for path in below(root, 3):
         with suppress(FileNotFoundError):  # another attempt does the same
             if _last_written(path) < oldest:
                 discard_scratch(path)

@@ -36,6 +36,7 @@ from pissa_core.adapters.disk import (
 )
 from pissa_core.adapters.local.scratch import (
     LocalAttempt,
+    below,
     discard_scratch,
     open_scratch,
     slug,
@@ -184,7 +185,7 @@ class LocalSink:
     def discard(self, *, keep_sealed: bool = False) -> None:
         """Remove what is staged, except scratch that a live attempt holds."""
         work = self._staging / "work"
-        held = [discard_scratch(folder) for folder in sorted(work.glob("*/*"))]
+        held = [discard_scratch(folder) for folder in below(work, 2)]
         if not any(held):
             shutil.rmtree(work, ignore_errors=True)
         self._discard_trees()
