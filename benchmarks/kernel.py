@@ -212,7 +212,8 @@ def store(args: argparse.Namespace, rows: list[dict]) -> None:
     )
     title = f"## Single matrices, {args.device}: {where.get('gpu') or where['processor']}\n"
     about = (
-        "bfloat16 weights, one contender at a time with the whole machine, the better of one "
+        "`python benchmarks/kernel.py`: bfloat16 weights, one contender at a time with the whole "
+        "machine, the better of one "
         "matrix with all threads and one thread a matrix. *missed*: share of the optimal energy; "
         "*worst σ*: largest relative error of a top-r singular value.\n"
     )

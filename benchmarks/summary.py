@@ -60,7 +60,8 @@ def chapter(stem: str, result: dict) -> str:
     draw(RESULTS / f"{stem}.svg", result["synthetic"])
     lines = [
         f"## Whole processes, {result['device']}: {where}",
-        f"Python {machine['python']}, {versions}; {result['rounds']} rounds.",
+        f"Python {machine['python']}, {versions}; "
+        f"`python benchmarks/convert.py --rounds {result['rounds']}`.",
         f"![Time and memory](results/{stem}.svg)",
         f"### Synthetic checkpoint, {gigabytes(result['checkpoint_bytes'])}",
         table(result["synthetic"]),
