@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 
-from pissa_core.adapters.ledger import Ledger, disk_too_small
-from pissa_core.errors import DiskTooSmall, MemoryTooSmall, NoWriteAccess, error_from
+from pissa_core.adapters.ledger import Ledger
+from pissa_core.budgets import check_disk_budget, check_memory_budget
+from pissa_core.errors import DiskTooSmall, NoWriteAccess, error_from
 from pissa_core.fold.planning import fold_bytes
 from pissa_core.fold.result import folded_metadata
 from pissa_core.fold.work import Beside
 from pissa_core.layout.sidefiles import read_card
-from pissa_core.plan import Plan, ShardPlan
-from pissa_core.planning import matrix_bytes, publish_bytes
+from pissa_core.plan import Plan
+from pissa_core.planning import bytes_in_flight
 from pissa_core.ports import CheckpointSink, CheckpointSource
 from pissa_core.report.card import metadata_of
 from pissa_core.report.metadata import FIELDS, refused_fields, split_card
 from pissa_core.runtime import Resolved, Runtime, resolve
 from pissa_core.traffic import Traffic
-from pissa_core.workbench import scratch_bytes
 
 
 def check_plan(
@@ -101,36 +101,10 @@ def _check_scratch(
     ledger = traffic_of(runtime, sink).ledger
     if ledger is None:
         return
-    capacity = ledger.capacity()
-    needs = {scratch_bytes(plan, shard): shard for shard in plan.shards}
-    largest = max(needs)
     sizes = {path: info.size for path, info in source.files().items()}
-    last = publish_bytes(plan, sizes, plan.estimate.adapter) if is_elsewhere(sink) else 0
-    if largest > capacity:
-        what = _piece(needs[largest])
-        raise disk_too_small(largest, capacity, what=what, least=max(largest, last))
-    if last > capacity:
-        raise disk_too_small(last, capacity, what="the adapter, one file,")
-
-
-def _piece(shard: ShardPlan) -> str:
-    """Say what a shard is to whoever knows only the source's files."""
-    if shard.run is None:
-        return shard.source_path
-    whole, held = shard.source_path, f"{shard.fetched:,} bytes"
-    return f"{shard.path}, the largest piece that {whole} can be divided into ({held} of it),"
+    check_disk_budget(plan, ledger.capacity(), sizes=sizes if is_elsewhere(sink) else None)
 
 
 def _check_memory(plan: Plan, resolved: Resolved) -> None:
-    needs = partial(fold_bytes, plan)
-    if plan.fold is None:
-        method, rounding = plan.config["svd"]["method"], plan.config["rounding"]
-        needs = partial(matrix_bytes, method=method, rounding=rounding)
-    largest = max(plan.matrices, key=needs)
-    needed = needs(largest)
-    if needed > resolved.budget:
-        raise MemoryTooSmall(
-            f"{largest.tensor} {list(largest.shape)} needs {needed:,} bytes in flight and the "
-            f"memory budget is {resolved.budget:,}",
-            hint="raise --memory-budget, or exclude the module",
-        )
+    needs = partial(fold_bytes, plan) if plan.fold is not None else bytes_in_flight(plan)
+    check_memory_budget(plan, resolved.budget, needs)

@@ -16,6 +16,7 @@ from typing import cast
 from pissa_core.adapters.disk import disk_errors
 from pissa_core.admission import check_plan, is_elsewhere, traffic_of
 from pissa_core.assembly import publication
+from pissa_core.budgets import publish_bytes
 from pissa_core.decompose import decompose
 from pissa_core.errors import (
     CheckpointError,
@@ -41,7 +42,7 @@ from pissa_core.fold.work import Beside, Folding
 from pissa_core.headstart import HeadStart
 from pissa_core.lanes import in_turn, side_by_side
 from pissa_core.plan import IN_FLIGHT, Plan
-from pissa_core.planning import make_plan, publish_bytes
+from pissa_core.planning import make_plan
 from pissa_core.ports import CheckpointSink, CheckpointSource, Seal
 from pissa_core.runtime import Runtime, give_back, resolve
 from pissa_core.spec import PissaConfig, parse_config

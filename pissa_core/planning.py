@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pissa_core.budgets import check_disk_budget, check_memory_budget, publish_bytes
 from pissa_core.division import MAX_SHARD_SIZE, fit_to_disk
 from pissa_core.layout import Layout, read_layout
 from pissa_core.plan import IN_FLIGHT, Estimate, Matrix, Plan, ShardPlan
@@ -24,8 +26,6 @@ IMPORT_FOOTPRINT = 480_000_000
 Measured as the peak resident size on Linux with CPU builds (`tests/core/test_planning.py` holds
 it to what it is there); a CUDA context adds its own.
 """
-_SMALL = 16 << 20  # up to this the Hub may keep a file in git, and it lies here until the commit
-_REPORT_BYTES = 1 << 20  # card, pictures, index: what there is of them beside one row a matrix
 _UNKNOWN = Estimate(0, 0, 0, 0, 0)
 
 
@@ -56,6 +56,8 @@ def make_plan(
             free there is the disk budget, if none is given.
 
     Raises:
+        DiskTooSmall, MemoryTooSmall: a budget cannot hold what stands alone in it, and nothing
+            else is refused.
         PissaError: the checkpoint's files are not what they should be, or nothing matched.
     """
     layout = layout or read_layout(source)
@@ -79,7 +81,7 @@ def make_plan(
         refused=targets.refused,
         estimate=_UNKNOWN,
     )
-    plan, scratch_budget = fit_to_disk(
+    plan, capacity = fit_to_disk(
         plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size, scratch=scratch
     )
     sizes = {path: info.size for path, info in source.files().items()}
@@ -88,9 +90,15 @@ def make_plan(
         sizes,
         slots=slots or usable_cores(),
         memory_budget=memory_budget,
-        scratch_budget=scratch_budget,
+        scratch_budget=None if scratch is None else capacity,
     )
-    return dataclasses.replace(plan, estimate=cost)
+    plan = dataclasses.replace(plan, estimate=cost)
+    if not plan.refused:
+        if capacity is not None:
+            check_disk_budget(plan, capacity, sizes=None if scratch is None else sizes)
+        if memory_budget is not None:
+            check_memory_budget(plan, memory_budget, bytes_in_flight(plan))
+    return plan
 
 
 def accepted_config(config: PissaConfig) -> dict[str, Any]:
@@ -104,6 +112,12 @@ def matrix_bytes(
     """Return the bytes of memory, the device's own on a GPU, that one matrix needs in flight."""
     m, n, itemsize = matrix.out_features, matrix.in_features, TORCH_DTYPES[matrix.dtype].itemsize
     return working_bytes(m, n, matrix.rank, itemsize, method, rounding, device=device)
+
+
+def bytes_in_flight(plan: Plan, device: str = "cpu") -> Callable[[Matrix], int]:
+    """Return what tells the bytes of memory that a matrix of this conversion needs in flight."""
+    method, rounding = plan.config["svd"]["method"], plan.config["rounding"]
+    return partial(matrix_bytes, method=method, rounding=rounding, device=device)
 
 
 def estimate(
@@ -131,12 +145,9 @@ def estimate(
     written += along + sum(shard.size for shard in plan.shards)
     adapter = adapter_bytes(plan)
     rows = sum(row_bytes(matrix) for matrix in plan.matrices)
-    method = plan.config["svd"]["method"]
-    rounding = plan.config["rounding"]
 
     def in_flight(device: str) -> int:
-        sizes = (matrix_bytes(m, method, rounding, device=device) for m in plan.matrices)
-        flights = sorted(sizes, reverse=True)
+        flights = sorted(map(bytes_in_flight(plan, device), plan.matrices), reverse=True)
         memory = sum(flights[:slots])
         if memory_budget is None:
             return memory
@@ -161,16 +172,6 @@ def scratch_peak(plan: Plan, sizes: Mapping[str, int], adapter: int, budget: int
     needs = sorted((scratch_bytes(plan, shard) for shard in plan.shards), reverse=True)
     under_way = min(sum(needs[:IN_FLIGHT]), max(budget, *needs[:1]))
     return max(under_way, publish_bytes(plan, sizes, adapter))
-
-
-def publish_bytes(plan: Plan, sizes: Mapping[str, int], adapter: int) -> int:
-    """Return the disk that publishing takes where nothing else of the result lies here.
-
-    The adapter and large files of the source lie here one at a time, small ones together.
-    """
-    files = [sizes[path] for path in plan.side_files]
-    small = sum(size for size in files if size <= _SMALL) + sum(row_bytes(m) for m in plan.matrices)
-    return max([adapter, *files]) + small + _REPORT_BYTES
 
 
 def adapter_bytes(plan: Plan) -> int:

@@ -51,7 +51,8 @@ def test_a_plan_is_waited_for(api, worker, planning):
 @pytest.mark.parametrize(
     ("code", "status"),
     [("repo_not_found", 404), ("gated_repo", 403), ("token_invalid", 401), ("rate_limited", 429),
-     ("hub_unavailable", 503), ("header_invalid", 422), ("rank_too_large", 422), ("internal", 500)],
+     ("hub_unavailable", 503), ("header_invalid", 422), ("rank_too_large", 422),
+     ("disk_too_small", 422), ("internal", 500)],
 )  # fmt: skip
 def test_what_the_planner_met_is_told(api, worker, planning, code, status):
     error = error_from(code, "a sentence", hint="try that")

@@ -65,6 +65,22 @@ def test_plan_prints_a_table_on_stdout_and_progress_on_stderr(llama: Path) -> No
     assert "peak memory" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("limit", "code"),
+    [("--disk-budget", "disk_too_small"), ("--memory-budget", "memory_too_small")],
+)
+def test_a_budget_that_cannot_hold_one_matrix_is_refused_by_the_plan_as_by_the_conversion(
+    llama: Path, tmp_path: Path, limit: str, code: str
+) -> None:
+    planned = pissa("plan", llama, limit, "1000", "--json")
+    converted = pissa("convert", llama, "--out", tmp_path / "out", limit, "1000", "--json")
+    for done in (planned, converted):
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"error[{code}]: model" in done.stderr
+    assert planned.stderr.partition("error[")[2] == converted.stderr.partition("error[")[2]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_refusal_is_in_the_plan_and_an_error(tmp_path: Path) -> None:
     model = save_model("gemma", tmp_path / "gemma")
     done = pissa("plan", model, "--target-modules", "q_proj,lm_head", "--rank", "4", "--json")

@@ -12,14 +12,16 @@ import pytest
 import tinymodels
 import torch
 from safetensors.torch import load_file
+from worker_tools import write_llama
 
 from pissa_core.adapters import staging_digest
 from pissa_core.adapters.local import LocalSink, LocalSource
 from pissa_core.admission import check_plan
+from pissa_core.budgets import publish_bytes
 from pissa_core.engine import convert
-from pissa_core.errors import DiskTooSmall
+from pissa_core.errors import DiskTooSmall, MemoryTooSmall, PissaError
 from pissa_core.plan import IN_FLIGHT, Plan
-from pissa_core.planning import make_plan, publish_bytes
+from pissa_core.planning import make_plan
 from pissa_core.runtime import Runtime
 from pissa_core.spec import parse_config
 from pissa_core.workbench import scratch_bytes
@@ -154,11 +156,12 @@ def test_a_divided_plan_survives_json_and_says_what_is_divided(tmp_path):
 
 
 def test_on_the_way_to_the_hub_the_disk_holds_what_is_under_way(tmp_path):
-    source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
-    plan = plan_of(source, disk_budget=BUDGET, scratch=tmp_path / "scratch")
+    source = LocalSource(write_llama(tmp_path / "model", hidden=256, shards=1))
+    plan = plan_of(source, disk_budget=3_000_000, scratch=tmp_path / "scratch")
     needs = sorted((scratch_bytes(plan, shard) for shard in plan.shards), reverse=True)
     sizes = {path: info.size for path, info in source.files().items()}
     last = publish_bytes(plan, sizes, plan.estimate.adapter)
+    assert plan.division is not None
     assert plan.estimate.peak_disk == max(sum(needs[:IN_FLIGHT]), last)
 
     whole = plan_of(source, scratch=tmp_path / "scratch")  # all that is free is the budget
@@ -176,23 +179,48 @@ def test_the_one_file_that_config_json_names_must_stay_one(tmp_path):
         plan_of(LocalSource(folder), disk_budget=BUDGET)
 
 
-def test_a_budget_that_is_too_small_is_told_the_least_that_would_do(tmp_path):
-    source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
-
-    def refusal(budget: int) -> DiskTooSmall | None:
-        plan = plan_of(source, disk_budget=budget)
-        digest = staging_digest(source, parse_config(plan.config), "out", plan.division)
-        sink, runtime = LocalSink(tmp_path / "out", digest=digest), Runtime(disk_budget=budget)
-        try:
-            check_plan(plan, source, sink, runtime)
-        except DiskTooSmall as error:
-            return error
-        return None
-
-    error = refusal(1000)
-    assert error is not None
-    assert "the largest piece that model.safetensors can be divided into" in error.message
+def least_that_would_do(error: PissaError) -> int:
     found = re.search(r"--disk-budget (\d+) ", error.hint or "")
     assert found is not None
-    assert refusal(int(found[1])) is None
-    assert refusal(int(found[1]) - 1) is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize("goes_to_the_hub", [False, True])
+def test_a_plan_refuses_a_budget_that_is_too_small_and_tells_the_least_that_would_do(
+    tmp_path, goes_to_the_hub
+):
+    source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
+    scratch = tmp_path / "scratch" if goes_to_the_hub else None
+
+    with pytest.raises(DiskTooSmall, match=r"the largest piece that model\.safetensors") as found:
+        plan_of(source, disk_budget=1000, scratch=scratch)
+
+    least = least_that_would_do(found.value)
+    assert plan_of(source, disk_budget=least, scratch=scratch).estimate.peak_disk > 0
+    with pytest.raises(DiskTooSmall) as nearly:
+        plan_of(source, disk_budget=least - 1, scratch=scratch)
+    assert least_that_would_do(nearly.value) == least
+    what = "the adapter, one file," if goes_to_the_hub else "the largest piece"
+    assert what in nearly.value.message  # the adapter's file passes through on the way to the Hub
+
+
+def test_what_is_refused_for_other_reasons_is_told_before_the_budget(tmp_path):
+    source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
+    config = parse_config({"rank": 2, "rank_pattern": {"q_proj": 4096}})
+    assert make_plan(source, config, disk_budget=1000, memory_budget=1000).refused
+
+
+def test_work_begins_only_if_there_is_still_room_for_its_largest_piece(tmp_path):
+    source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
+    plan = plan_of(source)
+    sink = LocalSink(
+        tmp_path / "out", digest=staging_digest(source, parse_config(plan.config), "o")
+    )
+    with pytest.raises(DiskTooSmall, match=r"model\.safetensors needs .* disk budget is 1,000"):
+        check_plan(plan, source, sink, Runtime(disk_budget=1000))
+
+
+def test_a_plan_refuses_a_matrix_that_the_memory_budget_cannot_hold(tmp_path):
+    source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
+    with pytest.raises(MemoryTooSmall, match=r"needs [\d,]+ bytes in flight .* budget is 1,000"):
+        plan_of(source, memory_budget=1000)

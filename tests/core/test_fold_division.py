@@ -10,13 +10,14 @@ import tinymodels
 import torch
 from conversions import convert_to, fold_to
 from fold_tools import load, retrained, weights_of
+from worker_tools import write_llama
 
 from pissa_core.adapters import open_source
 from pissa_core.adapters.local import LocalSource
-from pissa_core.errors import DiskTooSmall, WrongBase
+from pissa_core.budgets import publish_bytes
+from pissa_core.errors import DiskTooSmall, MemoryTooSmall, WrongBase
 from pissa_core.fold.planning import make_fold_plan
 from pissa_core.plan import IN_FLIGHT, Plan
-from pissa_core.planning import publish_bytes
 from pissa_core.workbench import scratch_bytes
 
 BUDGET = {"disk_budget": 100_000}
@@ -66,21 +67,26 @@ def test_a_divided_fold_has_the_tensors_of_an_undivided_one(name, more, tmp_path
 
 
 def test_a_plan_says_what_is_divided_and_what_the_disk_holds(tmp_path):
-    pair = converted("llama", tmp_path)
+    model = write_llama(tmp_path / "model", hidden=256, shards=1)
+    pair = tmp_path / "pair"
+    convert_to(model, pair, {"rank": 4})
     sources = LocalSource(pair), LocalSource(pair / "pissa_init")
     whole = make_fold_plan(*sources, open_source)
-    plan = make_fold_plan(*sources, open_source, **BUDGET, scratch=tmp_path / "scratch")
+    limits = {"disk_budget": 3_000_000, "scratch": tmp_path / "scratch"}
+    plan = make_fold_plan(*sources, open_source, **limits)
 
     into = [shard.path for shard in plan.shards]
-    assert plan.public()["divided"] == [{"shard": "model.safetensors", "into": into}]
+    (giant,) = whole.shards
+    assert plan.public()["divided"] == [{"shard": giant.path, "into": into}]
     again = Plan.from_json(plan.to_json())
     assert (again.division, again.fold) == (plan.division, plan.fold)
     needs = sorted((scratch_bytes(plan, shard) for shard in plan.shards), reverse=True)
-    assert sum(needs[:IN_FLIGHT]) <= BUDGET["disk_budget"]
+    assert sum(needs[:IN_FLIGHT]) <= limits["disk_budget"]
     sizes = {path: info.size for path, info in sources[0].files().items()}
     assert plan.estimate.peak_disk == max(sum(needs[:IN_FLIGHT]), publish_bytes(plan, sizes, 0))
-    header = int.from_bytes((pair / "model.safetensors").read_bytes()[:8], "little") + 8
-    assert plan.estimate.read == whole.estimate.read - header
+    header = int.from_bytes((pair / giant.path).read_bytes()[:8], "little") + 8
+    index = (pair / "model.safetensors.index.json").stat().st_size  # replaced, so it is not read
+    assert plan.estimate.read == whole.estimate.read - header - index
 
 
 def test_a_divided_residual_that_was_altered_is_found_by_one_reading(tmp_path, monkeypatch):
@@ -106,14 +112,23 @@ def test_a_divided_residual_that_was_altered_is_found_by_one_reading(tmp_path, m
     assert asked == ["model.safetensors"]
 
 
-def test_a_tensor_that_does_not_fit_is_refused_before_any_work(tmp_path):
+@pytest.mark.parametrize(
+    ("limits", "error", "told"),
+    [
+        ({"disk_budget": 20_000}, DiskTooSmall, r"model-0000.* disk budget is 20,000"),
+        ({"memory_budget": 1000}, MemoryTooSmall, r"bytes in flight .* memory budget is 1,000"),
+    ],
+)
+def test_a_plan_refuses_a_budget_that_cannot_hold_one_tensor(tmp_path, limits, error, told):
     pair = converted("llama", tmp_path)
-    with pytest.raises(DiskTooSmall, match=r"model-0000.* disk budget is 20,000"):
-        fold_to(
-            pair,
-            pair / "pissa_init",
-            tmp_path / "plain",
-            limits={"disk_budget": 20_000},
-            disk_budget=20_000,
-        )
-    assert not (tmp_path / "plain").exists()
+    residual, adapter = LocalSource(pair), LocalSource(pair / "pissa_init")
+    with pytest.raises(error, match=told):
+        make_fold_plan(residual, adapter, open_source, **limits)
+
+
+def test_a_plan_for_the_hub_wants_room_for_the_small_files_of_its_last_commit(tmp_path):
+    pair = converted("llama", tmp_path)
+    residual, adapter = LocalSource(pair), LocalSource(pair / "pissa_init")
+    limits = {"disk_budget": 100_000, "scratch": tmp_path / "scratch"}
+    with pytest.raises(DiskTooSmall, match="disk budget is 100,000"):
+        make_fold_plan(residual, adapter, open_source, **limits)

@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 from service_fixtures import quick_settings
 from worker_tools import running_worker, wait_for, wait_for_end, write_llama
 
+from pissa_core.errors import DiskTooSmall
 from worker.connect import open_store
 from worker.contract import BaseToPissa, Status
 from worker.embedded import embedded_valkey
@@ -148,3 +149,17 @@ def test_one_tensor_that_does_not_fit_is_refused_with_the_numbers(hub, model, tm
     assert "disk budget is 2,000,000" in errors
     assert not list(tmp_path.iterdir())
     assert not said
+
+
+def test_a_service_refuses_the_plan_that_its_budget_cannot_hold(hub, model, tmp_path):
+    hub.create_repo(ID, model)
+    with embedded_valkey(tmp_path / "data") as url:
+        settings = quick_settings(url, tmp_path / "data", tmp_path / "models").model_copy(
+            update={"disk_budget": 2_000_000, "local_root": None}
+        )
+        store = open_store(settings)
+        with running_worker(settings, tmp_path / "worker.log", hub=hub.endpoint):
+            plan = store.request_plan(BaseToPissa(model=ID, pissa={"rank": 4}), hub_token=None)
+            with pytest.raises(DiskTooSmall, match=r"model-0.* disk budget is 2,000,000"):
+                store.plan_result(plan, timeout_s=60)
+        store.close()
