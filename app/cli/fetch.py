@@ -28,6 +28,7 @@ from app.cli.options import job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display
 from app.cli.units import size
 from pissa_core.errors import DownloadCorrupt, OutputExists, UnsafePath, error_from
+from pissa_core.lora.classes import class_for
 
 MANIFEST = "pissa_manifest.json"
 ADAPTER_CONFIG = "pissa_init/adapter_config.json"
@@ -213,7 +214,7 @@ def how_to_load(folder: Path) -> str:
         named = json.loads(config.read_bytes())
         named = named if isinstance(named, dict) else {}
         base, revision = named.get("base_model_name_or_path"), named.get("revision")
-        return tables.lora_snippet(str(folder), base, revision)
+        return tables.lora_snippet(str(folder), base, revision, class_for(named))
     return tables.plain_snippet(str(folder), model_class=model_class_in(folder))
 
 

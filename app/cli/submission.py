@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,7 +16,7 @@ from app.cli.http import Service
 from app.cli.options import config_options, json_option, max_shard_size_option, settings
 from app.cli.outputs import output_options, refuse, required_output
 from app.cli.to_lora import lora_options
-from pissa_core.refs import parse_ref
+from pissa_core.refs import HubRef, Ref, parse_ref
 from pissa_core.spec import parse_config
 from worker.contract import KINDS
 
@@ -106,8 +107,16 @@ def _references(kind: str, refs: Mapping[str, str | None]) -> dict[str, str]:
     for name, ref in given.items():
         if name not in (*_NEEDED[kind], *_OPTIONAL.get(kind, ())):
             raise click.UsageError(f"--kind {kind} has no {_spelled(name)}")
-        parse_ref(ref)
+        _note_folder(parse_ref(ref))
     return given
+
+
+def _note_folder(ref: Ref) -> None:
+    if isinstance(ref, HubRef) and Path(ref.repo_id).is_dir():
+        click.echo(
+            f"note: {ref.repo_id} is asked of the Hub; write ./{ref.repo_id} to mean a folder",
+            err=True,
+        )
 
 
 def _spelled(name: str) -> str:

@@ -197,14 +197,16 @@ def loading_snippet(base: str, revision: str | None = None, model_class: str | N
     )
 
 
-def lora_snippet(adapter: str, base: str | None, revision: str | None = None) -> str:
+def lora_snippet(adapter: str, base: str | None, revision: str | None, loader: str) -> str:
     """Say in Python how PEFT puts a plain LoRA on its base."""
-    # Quoted as JSON: a name from a file of others must not leave the comment.
+    # Quoted as JSON: a name from a file of others must not leave its quotes.
     named = json.dumps(base or "path/to/the/original/model", ensure_ascii=False)
     at = f", revision={json.dumps(revision)}" if revision else ""
     return (
         f"from peft import PeftModel\n"
-        f'model = PeftModel.from_pretrained(base, "{adapter}")  # base: {named}{at}'
+        f"from transformers import {loader}\n\n"
+        f"base = {loader}.from_pretrained({named}{at})\n"
+        f'model = PeftModel.from_pretrained(base, "{adapter}")'
     )
 
 

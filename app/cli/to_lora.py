@@ -99,11 +99,11 @@ def to_lora(
         disk_budget=disk_budget,
     )
     with on_interrupt(INTERRUPTED), display() as shown:
-        result = work.run(shown)
+        result, loader = work.run(shown)
     if as_json:
         tables.print_json(result)
     else:
-        _print(result)
+        _print(result, loader)
 
 
 def lora_options(**given: Any) -> LoraOptions:
@@ -133,12 +133,13 @@ class Way:
     memory_budget: int | None
     disk_budget: int | None
 
-    def run(self, shown: Display) -> dict[str, Any]:
-        """Plan, convert, publish; show how far it is."""
+    def run(self, shown: Display) -> tuple[dict[str, Any], str]:
+        """Plan, convert, publish; return the result and the class that loads its base."""
         began = time.monotonic()
         shown.show(Snapshot("planning"))
         from pissa_core.adapters import open_source
         from pissa_core.engine import is_hopeless
+        from pissa_core.lora.classes import class_for
         from pissa_core.lora.conversion import convert_adapter
         from pissa_core.lora.planning import check_lora_plan, make_lora_plan, open_adapters
         from pissa_core.runtime import Runtime, resolve
@@ -159,7 +160,8 @@ class Way:
             if is_hopeless(error):
                 sink.discard()
             raise
-        return _result(published, plan, time.monotonic() - began)
+        result = _result(published, plan, time.monotonic() - began)
+        return result, class_for(plan.trained_config)
 
     def _sink(self, found: Found, shown: Display) -> CheckpointSink:
         from pissa_core.adapters import open_sink, request_digest
@@ -215,7 +217,7 @@ def _result(published: Published, plan: LoraPlan, seconds: float) -> dict[str, A
     }
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any], loader: str) -> None:
     ranks = result["smallest_rank"], result["largest_rank"]
     tables.print_facts(
         {
@@ -228,5 +230,5 @@ def _print(result: dict[str, Any]) -> None:
             "peak memory": size(result["peak_memory_bytes"]),
         }
     )
-    snippet = tables.lora_snippet(result["output"], result["base"], result["base_revision"])
-    print(f"\n{snippet}")
+    base, revision = result["base"], result["base_revision"]
+    print(f"\n{tables.lora_snippet(result['output'], base, revision, loader)}")

@@ -11,16 +11,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from pissa_core.lora.classes import class_for
 from pissa_core.lora.form import form_of
 from pissa_core.lora.plan import LoraPlan
 
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
 _PLACEHOLDER = "path/to/the/original/model"
 _LONGEST_TABLE = 40
 
@@ -55,8 +49,7 @@ def _opening(plan: LoraPlan) -> str:
 
 
 def _loading(plan: LoraPlan, config: Mapping[str, Any]) -> str:
-    mapped = (config.get("auto_mapping") or {}).get("base_model_class")
-    model_class = _AUTO_CLASSES.get(str(config.get("task_type"))) or mapped or "AutoModel"
+    model_class = class_for(config)
     at = f", revision={json.dumps(plan.base_revision)}" if plan.base_revision else ""
     base = json.dumps(_shown_base(plan) or _PLACEHOLDER, ensure_ascii=False)
     biases = (
@@ -69,9 +62,9 @@ def _loading(plan: LoraPlan, config: Mapping[str, Any]) -> str:
 
 ```python
 from peft import PeftModel
-from transformers import {_no_markup(model_class)}
+from transformers import {model_class}
 
-base = {_no_markup(model_class)}.from_pretrained({base}{at})
+base = {model_class}.from_pretrained({base}{at})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```{biases}"""
 

@@ -169,18 +169,24 @@ def test_it_is_said_with_which_class_to_load(tmp_path: Path, config: Any, loader
 
 
 def test_it_is_said_how_to_load_a_plain_lora_and_a_plain_model(tmp_path: Path) -> None:
-    named = {"base_model_name_or_path": 'org/name"\nimport os', "revision": "v1"}
+    named = {
+        "base_model_name_or_path": 'org/name"\nimport os', "revision": "v1", "task_type": "SEQ_CLS"
+    }  # fmt: skip
     lora = {"adapter_config.json": json.dumps(named).encode()}
     plain = {"config.json": b'{"architectures": ["GPT2LMHeadModel"]}'}
-    for files, last in (
-        (lora, 'from_pretrained(base, "{}")  # base: "org/name\\"\\nimport os", revision="v1"'),
-        (plain, 'model = GPT2LMHeadModel.from_pretrained("{}")'),
+    base = (
+        'base = AutoModelForSequenceClassification.from_pretrained("org/name\\"\\nimport os", '
+        'revision="v1")'
+    )
+    for files, before, last in (
+        (lora, base, 'model = PeftModel.from_pretrained(base, "{}")'),
+        (plain, "", 'model = GPT2LMHeadModel.from_pretrained("{}")'),
     ):
-        out = tmp_path / last[:4]
+        out = tmp_path / last[8:12]
         with serving(Behaviour(files)) as url:
             done = fetch(url, out)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1].endswith(last.format(out))
+        assert done.stdout.splitlines()[-2:] == [before, last.format(out)]
         assert "pissa_init" not in done.stdout
 
 

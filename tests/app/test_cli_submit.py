@@ -25,6 +25,7 @@ def asked(monkeypatch):
         done = CliRunner().invoke(submit, words, obj={"debug": False}, standalone_mode=False)
         if done.exception is not None:
             raise done.exception
+        run.told = done.stderr
         return sent.pop()
 
     return run
@@ -65,6 +66,16 @@ def test_each_kind_has_the_body_that_rest_takes(asked, make_app, words, body):
     answer = client_of(make_app(local_root=None)).post("/v1/jobs", json=sent)
     local = any(str(value).startswith("./") for value in body.values())
     assert answer.status_code == (422 if local else 202), answer.text
+
+
+def test_a_name_that_is_a_folder_here_is_told_how_folders_are_written(asked, tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked("model")
+    assert asked.told == "note: model is asked of the Hub; write ./model to mean a folder\n"
+    for meant in ("./model", "org/name"):
+        asked(meant)
+        assert asked.told == ""
 
 
 @pytest.mark.parametrize(

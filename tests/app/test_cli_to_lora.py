@@ -28,7 +28,7 @@ def test_the_result_and_what_was_found_are_said(pair, tmp_path):
     done = pissa("to-lora", "--trained", pair / "trained", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "none, it is exact" in done.stdout
-    assert f'base: "{pair / "base"}"' in done.stdout
+    assert f'base = AutoModelForCausalLM.from_pretrained("{pair / "base"}")' in done.stdout
     assert f"note: the original base is {pair / 'base'}" in done.stderr
     assert "converting: 2/2 matrices" in done.stderr
     assert config(tmp_path / "out")["r"] == 8
