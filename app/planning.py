@@ -12,11 +12,11 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app.lean import import_for_a_plan
 from pissa_core.errors import OutOfMemory, PissaError
 from pissa_core.plan import Plan
 from pissa_core.refs import parse_ref
@@ -66,7 +66,7 @@ def _conversion(asked: dict[str, Any]) -> Plan:
 
     source = open_source(parse_ref(asked["model"]))
     layout = read_layout(source)  # what is wrong with the files is told before seconds of imports
-    _import_transformers()
+    import_for_a_plan()
     return make_plan(source, parse_config(asked["config"]), layout=layout, **_limits(asked))
 
 
@@ -91,31 +91,6 @@ def _case(asked: dict[str, Any]) -> Case:
         open_source(parse_ref(asked[name])) for name in ("original", "converted")
     )
     return make_case(original, converted)
-
-
-def _import_transformers() -> None:
-    """Import transformers and PEFT, without what transformers imports for its losses.
-
-    scipy costs half a second and 40 MB, and a plan needs no loss. Only a process of one plan may
-    do so: transformers stays without those losses.
-    """
-    with _unseen("scipy"):
-        from transformers.utils import is_scipy_available
-
-        import pissa_core.targets.injection  # noqa: F401 - imports both
-    is_scipy_available.cache_clear()  # some classes refuse to be built without it
-
-
-@contextmanager
-def _unseen(package: str) -> Iterator[None]:
-    """Have imports fail that are not there yet, as if the package were not installed."""
-    seen = package in sys.modules
-    sys.modules.setdefault(package, None)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        if not seen:
-            del sys.modules[package]
 
 
 _MAKERS: dict[str, Callable[[dict[str, Any]], Plan | Case]] = {
