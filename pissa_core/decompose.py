@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pissa_core.buffers import Buffers
 from pissa_core.errors import NonFiniteWeight, OutOfMemory
 from pissa_core.events import MatrixDone
 from pissa_core.headstart import HeadStart
@@ -82,10 +83,12 @@ class _Job:
         """Split one matrix in this thread's lane and write what came out."""
         began = time.perf_counter()
         try:
-            with lanes.own():
-                row, *results = self._split(matrix, lanes)
+            with lanes.own(), lanes.memory(matrix.stop - matrix.start) as memory:
+                row, *results = self._split(matrix, lanes, memory)
                 residual, a, b = lanes.to_host(*results)
-            del results
+                del results
+                stored = residual.t() if matrix.transposed else residual
+                self.bench.finish(matrix, stored, {matrix.key_a: a, matrix.key_b: b}, row)
         except NonFiniteWeight as error:
             where = " of its transpose" if matrix.transposed else ""
             raise NonFiniteWeight(
@@ -95,8 +98,6 @@ class _Job:
             if ran_out_of_memory(error):
                 raise self._out_of_memory(matrix, lanes.device) from error
             raise
-        stored = residual.t() if matrix.transposed else residual
-        self.bench.finish(matrix, stored, {matrix.key_a: a, matrix.key_b: b}, row)
         nbytes = matrix.stop - matrix.start
         return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
 
@@ -111,9 +112,10 @@ class _Job:
         return self.run(matrix, lanes=_Lanes(_CPU))
 
     def _split(
-        self, matrix: Matrix, lanes: _Lanes
+        self, matrix: Matrix, lanes: _Lanes, memory: Tensor | None
     ) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
-        stored = lanes.to_device(self.bench.original(matrix, pinned=lanes.pinned))
+        original = self.bench.original(matrix, pinned=lanes.pinned, memory=memory)
+        stored = lanes.to_device(original)
         split = split_principal(
             stored.t() if matrix.transposed else stored,
             matrix.rank,
@@ -123,6 +125,7 @@ class _Job:
             rounding=self.config.rounding,
             adapter_dtype=getattr(torch, self.config.adapter_dtype),
             found=None if self.head_start is None else self.head_start.take(matrix),
+            overwrite=True,
         )
         row = row_of(matrix) | split.certificate.as_row() | {"device": lanes.device.type}
         return row, split.R, split.A, split.B
@@ -144,6 +147,7 @@ class _Lanes:
         self.device = device
         self.pinned = device.type == "cuda"
         self._threads = threading.local()
+        self._buffers = Buffers()
 
     def own(self) -> AbstractContextManager[Any]:
         """Make this thread's stream the current one."""
@@ -152,6 +156,10 @@ class _Lanes:
         if not hasattr(self._threads, "stream"):
             self._threads.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._threads.stream)
+
+    def memory(self, nbytes: int) -> AbstractContextManager[Tensor | None]:
+        """Lend memory for a matrix on the CPU; page-locked memory is torch's to reuse."""
+        return nullcontext() if self.pinned else self._buffers.taken(nbytes)
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to the device without waiting; a page-locked source is kept until it is read."""

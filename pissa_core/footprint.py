@@ -21,10 +21,10 @@ def working_bytes(
 ) -> int:
     """Return an upper bound of the bytes that splitting one matrix keeps alive at once.
 
-    W (m, n) as stored and what is returned (R as large as W, A, B) are counted in. With
-    d = min(m, n), D = max(m, n), r = rank, s = dtype_bytes, in bytes:
+    W (m, n) as stored, in which R is formed, and A, B are counted in. With d = min(m, n),
+    D = max(m, n), r = rank, s = dtype_bytes, in bytes:
 
-    * always: 2 s m n + 16 (m + n) r for W, R, the triplets and the factors, and three panels.
+    * always: s m n + 16 (m + n) r for W, the triplets and the factors, and three panels.
     * ``auto`` by Krylov, k vectors in a full basis (`narrow_capacity`, where that is taken, and
       the few that look outside), b = r + max(8, 16 - r, r / 8): 4 d (k + 8 b) + 48 k^2, or
       16 b (m + n) for the vectors of both sides, and 4 d^2 + 8192 d more if a Gram matrix may be
@@ -34,16 +34,16 @@ def working_bytes(
       certificate takes, which is a Krylov run of four steps.
     * ``exact``: 4 m n twice, 4 (m + n) d for all singular vectors, 24 d^2 for LAPACK;
       the vectors stay while R is formed.
-    * ``peft`` rounding: 20 m n for its chain of float32 matrices, after the SVD.
+    * ``peft`` rounding: s m n for R, and 20 m n for its chain of float32 matrices, after the SVD.
     * on a GPU: panels are larger, three of 256 MB or of W in float32, whichever is less, through
       the search as well. There this is memory of the device; the host needs 2 s m n of it.
     """
     d, r = min(m, n), min(rank, m, n)
-    stored = 2 * dtype_bytes * m * n + 16 * (m + n) * r
+    stored = dtype_bytes * m * n + 16 * (m + n) * r
     search = _SEARCH[method](m, n, r, dtype_bytes)
     finish = 3 * max(PANEL_BYTES, 64 * max(m, n)) + 24 * (m + n) * r
     if rounding == "peft":
-        finish = 20 * m * n + 16 * (m + n) * r
+        finish = (20 + dtype_bytes) * m * n + 16 * (m + n) * r
     if method == "exact":
         finish += 4 * (m + n) * d
     panels = 3 * min(GPU_PANEL_BYTES, 4 * m * n) if device == "cuda" else 0

@@ -15,6 +15,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import torch
 
+from pissa_core.buffers import Buffers
 from pissa_core.errors import PissaError
 from pissa_core.footprint import working_bytes
 from pissa_core.layout import Layout, TensorInfo, read_layout
@@ -40,6 +41,7 @@ class HeadStart:
         """Begin, with all cores but one; `close` when the matrices' turn has come."""
         self._source, self._config = source, config
         self._held, self._lock = 0, threading.Lock()
+        self._buffers = Buffers()
         self._futures: dict[str, Future[TruncatedSvd | None]] = {}
         try:
             guessed = list(_guess(source, config, resolved))
@@ -78,16 +80,17 @@ class HeadStart:
         rank, svd = self._config.rank, self._config.svd
         if not self._count(_nbytes(info.shape, rank)):
             return None
-        tensor, buffer = empty((info.shape[0], info.shape[1]), info.dtype)
-        self._source.read_into(info.shard, info.start, buffer)
-        return truncated_svd(
-            tensor,
-            rank,
-            method=svd.method,
-            tolerance=svd.tolerance,
-            niter=svd.niter,
-            seed=matrix_seed(svd.seed, info.name),
-        )
+        with self._buffers.taken(info.nbytes) as memory:
+            tensor, buffer = empty((info.shape[0], info.shape[1]), info.dtype, memory=memory)
+            self._source.read_into(info.shard, info.start, buffer)
+            return truncated_svd(
+                tensor,
+                rank,
+                method=svd.method,
+                tolerance=svd.tolerance,
+                niter=svd.niter,
+                seed=matrix_seed(svd.seed, info.name),
+            )
 
     def _count(self, nbytes: int) -> bool:
         with self._lock:

@@ -60,6 +60,7 @@ def split_principal(
     rounding: str,
     adapter_dtype: torch.dtype,
     found: TruncatedSvd | None = None,
+    overwrite: bool = False,
 ) -> Split:
     """Split W into a principal adapter and the residual that completes it.
 
@@ -68,7 +69,8 @@ def split_principal(
     Shapes   W, R (m, n); B (m, r); A (r, n); m = out_features, n = in_features: W as PEFT
              multiplies it. For a Conv1D, stored (in, out), pass the transposed *view* of what is
              stored: it is what PEFT decomposes; the strides of W do not change a bit of the
-             result, and R comes back laid out like W, ready to be transposed and stored.
+             result, and R comes back laid out like W, ready to be transposed and stored. With
+             `overwrite`, W's own memory may hold R afterwards, and W is of no further use.
     Dtype    float16, bfloat16, float32 in; arithmetic in float32, which holds all of them exactly.
              ``faithful``: A and B are rounded to `adapter_dtype` first, then R is formed from the
              rounded factors and rounded once, to W's dtype.
@@ -100,7 +102,7 @@ def split_principal(
         raise
     if rounding == "peft":
         return _as_peft(W, found, scaling)
-    return _faithful(W, found, scaling, adapter_dtype)
+    return _faithful(W, W if overwrite else torch.empty_like(W), found, scaling, adapter_dtype)
 
 
 def _check_shape(W: Tensor, rank: int) -> None:
@@ -123,12 +125,14 @@ def _refuse_non_finite(W: Tensor) -> None:
         )
 
 
-def _faithful(W: Tensor, found: TruncatedSvd, scaling: float, dtype: torch.dtype) -> Split:
+def _faithful(
+    W: Tensor, R: Tensor, found: TruncatedSvd, scaling: float, dtype: torch.dtype
+) -> Split:
     root = torch.sqrt(found.S / scaling)
     signed = root * _signs(found.U)
     B = (found.U * signed).to(dtype).contiguous()
     A = (found.Vt * signed[:, None]).to(dtype).contiguous()
-    R, residuals, discrepancy = _complete(W, found, B.float(), A.float(), scaling)
+    residuals, discrepancy = _complete(W, R, found, B.float(), A.float(), scaling)
     _refuse_overflow(discrepancy, dtype, W.dtype)
     return Split(B, A, R, certify(found, residuals, discrepancy))
 
@@ -152,16 +156,15 @@ def _signs(U: Tensor) -> Tensor:
 
 
 def _complete(
-    W: Tensor, found: TruncatedSvd, B: Tensor, A: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, float]:
-    """Form R = W - scaling B A, and measure, in one pass over W.
+    W: Tensor, R: Tensor, found: TruncatedSvd, B: Tensor, A: Tensor, scaling: float
+) -> tuple[Tensor, float]:
+    """Form R = W - scaling B A, and measure, in one pass over W, in which R may lie.
 
     Returns:
-        R (m, n) like W; residual norms (r,) of the triplets on the side that does not hold by
-        construction; ||W - (R + scaling B A)||_F with R as stored.
+        Residual norms (r,) of the triplets on the side that does not hold by construction;
+        ||W - (R + scaling B A)||_F with R as stored.
     """
     by_rows = W.stride(1) == 1
-    R = torch.empty_like(W)
     if by_rows:
         M, out, left, right = W, R, B, A.t().contiguous()
         triplets = found.U, found.S, found.Vt
@@ -176,8 +179,9 @@ def _complete(
             measured.add(i, j, P)
         if W.dtype == torch.float32:
             product = times_transposed(left[i:j], right)
-            out[i:j] = P.sub_(product, alpha=scaling)
-            torch.sub(M[i:j], out[i:j], out=P).sub_(product, alpha=scaling)
+            rest = torch.sub(P, product, alpha=scaling)
+            P.sub_(rest).sub_(product, alpha=scaling)
+            out[i:j] = rest
         else:
             _subtract_product(P, left[i:j], right, scaling)
             out[i:j] = P
@@ -185,7 +189,7 @@ def _complete(
         rows = torch.linalg.vector_norm(scale_(P, exponent), dim=1).double()
         total += torch.dot(rows, rows)
     residuals = measured.norms() if found.residuals is None else found.residuals
-    return R, residuals, math.ldexp(math.sqrt(float(total)), -exponent)
+    return residuals, math.ldexp(math.sqrt(float(total)), -exponent)
 
 
 def _subtract_product(P: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:

@@ -7,6 +7,7 @@ little-endian; a JSON header; the tensors' bytes, contiguous up to the end of th
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,9 +76,22 @@ def framed(text: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def empty(shape: tuple[int, ...], dtype: str, *, pinned: bool = False) -> tuple[Tensor, memoryview]:
-    """Return an uninitialised tensor, page-locked if wanted, and the writable bytes behind it."""
-    tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype], pin_memory=pinned)
+def empty(
+    shape: tuple[int, ...], dtype: str, *, pinned: bool = False, memory: Tensor | None = None
+) -> tuple[Tensor, memoryview]:
+    """Return an uninitialised tensor and the writable bytes behind it.
+
+    Args:
+        shape: of the tensor.
+        dtype: in safetensors' spelling.
+        pinned: whether it is to be page-locked.
+        memory: uint8, at least as large: the tensor lies there. None: in memory of its own.
+    """
+    if memory is None:
+        tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype], pin_memory=pinned)
+    else:
+        nbytes = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+        tensor = memory[:nbytes].view(TORCH_DTYPES[dtype]).view(shape)
     return tensor, memory_of(tensor)
 
 

@@ -108,13 +108,17 @@ class Workbench:
         unwritten = [(m.start, m.stop) for m in shard.matrices if m.tensor not in self.rows]
         self.settling = Settling(copy, shard.size, unwritten)
 
-    def original(self, matrix: Matrix, *, pinned: bool = False) -> Tensor:
+    def original(
+        self, matrix: Matrix, *, pinned: bool = False, memory: Tensor | None = None
+    ) -> Tensor:
         """Return the matrix as the source has it, in its own dtype and stored shape.
+
+        `pinned`, `memory`: where it is to lie, as of `tensorfile.empty`.
 
         A downloaded copy serves as its own original until its range is first written; after
         that, only the source can tell what was there.
         """
-        tensor, buffer = empty(matrix.shape, matrix.dtype, pinned=pinned)
+        tensor, buffer = empty(matrix.shape, matrix.dtype, pinned=pinned, memory=memory)
         if self._source.rereads or not self._journal.untouched(matrix.tensor):
             start = self._shard.source_start(matrix.start)
             self._source.read_into(self._shard.source_path, start, buffer)

@@ -24,6 +24,7 @@ def peak_allocated(W: torch.Tensor, rank: int, method: str, rounding: str) -> in
             seed=0,
             rounding=rounding,
             adapter_dtype=torch.float32,
+            overwrite=True,
         )
     assert recorded.profiler is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -51,10 +52,10 @@ def test_what_is_promised_is_enough(
 
 
 def test_the_promise_is_not_idle_for_matrices_of_real_size() -> None:
-    # The bound for a Krylov run on a large matrix is near what its parts add up to: W, R, and
-    # a few dozen vectors of the shorter side.
+    # The bound for a Krylov run on a large matrix is near what its parts add up to: W, and a few
+    # dozen vectors of the shorter side.
     m, n = 28672, 8192
-    assert working_bytes(m, n, 16, 2, "auto") < 2 * 2 * m * n + 0.5 * (4 * m * n)
+    assert working_bytes(m, n, 16, 2, "auto") < 2 * m * n + 0.5 * (4 * m * n)
     assert working_bytes(m, n, 16, 2, "exact") > 4 * working_bytes(m, n, 16, 2, "auto")
 
 
@@ -63,5 +64,6 @@ def test_more_needs_more() -> None:
         one = working_bytes(2048, 2048, 16, 2, method)
         assert working_bytes(4096, 2048, 16, 2, method) > one
         assert working_bytes(2048, 2048, 128, 2, method) > one
-        assert working_bytes(2048, 2048, 16, 4, method) >= one
+        if method != "lowrank":  # widens what is stored in 16 bits, beside the original
+            assert working_bytes(2048, 2048, 16, 4, method) >= one
         assert working_bytes(2048, 2048, 16, 2, method, "peft") >= one

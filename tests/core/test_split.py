@@ -31,6 +31,25 @@ def split(W: Tensor, rank: int, **wishes: object) -> Split:
     return split_principal(W, rank, **(given | wishes))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rounding", ["faithful", "peft"])
+@pytest.mark.parametrize("by_rows", [True, False])
+@pytest.mark.parametrize("dtype", list(UNIT))
+def test_a_residual_in_the_matrix_s_own_memory_has_the_same_bits(
+    dtype: torch.dtype, by_rows: bool, rounding: str
+) -> None:
+    W = bulk(700, 900).to(dtype) if by_rows else bulk(900, 700).to(dtype).t()
+    kept = W.clone()
+    apart = split(W, 12, rounding=rounding)
+    assert torch.equal(W, kept)
+    assert apart.R.data_ptr() != W.data_ptr()
+    within = split(W, 12, rounding=rounding, overwrite=True)
+    assert (within.R.data_ptr() == W.data_ptr()) == (rounding == "faithful")
+    assert within.R.stride() == W.stride()
+    for name in ("A", "B", "R"):
+        assert torch.equal(getattr(within, name), getattr(apart, name))
+    assert within.certificate == apart.certificate
+
+
 class _Model(nn.Module):
     """One linear layer, as PEFT wraps it."""
 
