@@ -9,23 +9,38 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 _COMPILER = "torch._dynamo"
 _MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op"
+_LIBRARIES = ("transformers", "peft", "accelerate")
+_OURS = "pissa_core.targets."
 _DECORATORS = ("disable", "assume_constant_result", "allow_in_graph", "disallow_in_graph")
 
 
 def import_for_a_plan() -> None:
     """Import what a plan needs; all of it where less does not do."""
-    if _COMPILER not in sys.modules:
-        _Compiler(_COMPILER).stand_in()
-    with suppress(Exception), _unseen_scipy(), _not_distributed():
-        import pissa_core.targets.injection
-    import pissa_core.targets.injection  # noqa: F401 - imports both libraries
+    # Models' modules ask the compiler to leave functions alone, as they are imported, and torch
+    # itself does for sums on the meta device.
+    _StandIn.take_place(_COMPILER, dict.fromkeys(_DECORATORS, _undecorated))
+    _StandIn.take_place(_MASKS, {"TransformGetItemToIndex": nullcontext})
+    try:
+        with _unseen_scipy(), _not_distributed():
+            import pissa_core.targets.injection  # noqa: F401 - imports both libraries
+    except Exception:  # noqa: BLE001 - whatever a release to come asks for
+        import_everything()
+
+
+def import_everything() -> None:
+    """Import both libraries whole, and what builds on them, whatever has been imported of them."""
+    for name, module in list(sys.modules.items()):
+        theirs = name.partition(".")[0] in _LIBRARIES or name.startswith(_OURS)
+        if theirs or isinstance(module, _StandIn):
+            del sys.modules[name]
+    importlib.import_module(f"{_OURS}injection")
 
 
 @contextmanager
@@ -56,26 +71,33 @@ def _not_distributed() -> Iterator[None]:
         torch.distributed.is_available = said
 
 
-class _Compiler(ModuleType):
-    """torch's compiler until something else is asked of it than to leave a function alone.
+class _StandIn(ModuleType):
+    """A module of which little is there, until something else is asked of it.
 
-    Models' modules ask it that as they are imported, and torch itself for sums on the meta device.
+    Then it is imported, and is whole; but a module below it that is the first to be asked for, by
+    its own name, is loaded twice.
     """
 
-    def stand_in(self) -> None:
-        """Take the compiler's place."""
-        masks = ModuleType(_MASKS)
-        masks.TransformGetItemToIndex = nullcontext  # type: ignore[attr-defined]
-        sys.modules[_COMPILER], sys.modules[_MASKS] = self, masks
+    _little: Mapping[str, object]
+
+    @classmethod
+    def take_place(cls, name: str, little: Mapping[str, object]) -> None:
+        """Stand in for a module, unless it is there."""
+        if name not in sys.modules:
+            sys.modules[name] = stand_in = cls(name)
+            stand_in._little = little
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":  # which is asked for what is below it
+        # What is below a package is found by its path, which the package itself knows.
+        if name.startswith("__") and (name, self.__name__) != ("__path__", _COMPILER):
             raise AttributeError(name)
-        if name in _DECORATORS:
-            return _undecorated
-        if sys.modules.get(_COMPILER) is self:
-            del sys.modules[_COMPILER], sys.modules[_MASKS]
-        return getattr(importlib.import_module(_COMPILER), name)
+        return self._little[name] if name in self._little else getattr(self._step_aside(), name)
+
+    def _step_aside(self) -> ModuleType:
+        for name, module in list(sys.modules.items()):
+            if isinstance(module, _StandIn) and f"{name}.".startswith(f"{self.__name__}."):
+                del sys.modules[name]
+        return importlib.import_module(self.__name__)
 
 
 def _undecorated(function: Any = None, *_: object, **__: object) -> Any:

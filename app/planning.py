@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app.lean import import_for_a_plan
-from pissa_core.errors import OutOfMemory, PissaError
+from app.lean import import_everything, import_for_a_plan
+from pissa_core.errors import OutOfMemory, PissaError, UnsupportedArchitecture
 from pissa_core.plan import Plan
 from pissa_core.refs import parse_ref
 from pissa_core.spec import parse_config
@@ -61,26 +61,44 @@ def _make(asked: dict[str, Any]) -> Plan | Case:
 
 def _conversion(asked: dict[str, Any]) -> Plan:
     from pissa_core.adapters import open_source
+    from pissa_core.admission import check_budgets
     from pissa_core.layout import read_layout
     from pissa_core.planning import make_plan
 
     source = open_source(parse_ref(asked["model"]))
     layout = read_layout(source)  # what is wrong with the files is told before seconds of imports
     import_for_a_plan()
-    return make_plan(source, parse_config(asked["config"]), layout=layout, **_limits(asked))
+    limits = _limits(asked)
+    config = parse_config(asked["config"])
+    try:
+        plan = make_plan(source, config, layout=layout, **limits)
+    except UnsupportedArchitecture:  # perhaps for want of what was not imported
+        import_everything()
+        plan = make_plan(source, config, layout=layout, **limits)
+    check_budgets(plan, source, **_budgets(limits))
+    return plan
 
 
 def _fold(asked: dict[str, Any]) -> Plan:
     from pissa_core.adapters import open_source
+    from pissa_core.admission import check_budgets
     from pissa_core.fold.planning import make_fold_plan
 
     residual, adapter = (open_source(parse_ref(asked[name])) for name in ("residual", "adapter"))
-    return make_fold_plan(residual, adapter, open_source, **_limits(asked))
+    limits = _limits(asked)
+    plan = make_fold_plan(residual, adapter, open_source, **limits)
+    check_budgets(plan, residual, **_budgets(limits))
+    return plan
 
 
 def _limits(asked: dict[str, Any]) -> dict[str, Any]:
     limits: dict[str, Any] = asked["limits"]
     return limits | ({"scratch": Path(limits["scratch"])} if "scratch" in limits else {})
+
+
+def _budgets(limits: dict[str, Any]) -> dict[str, Any]:
+    names = ("disk_budget", "memory_budget", "scratch")
+    return {name: limits[name] for name in names if name in limits}
 
 
 def _case(asked: dict[str, Any]) -> Case:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 from pissa_core.adapters.ledger import Ledger
 from pissa_core.budgets import check_disk_budget, check_memory_budget
@@ -12,12 +14,12 @@ from pissa_core.fold.planning import fold_bytes
 from pissa_core.fold.result import folded_metadata
 from pissa_core.fold.work import Beside
 from pissa_core.layout.sidefiles import read_card
-from pissa_core.plan import Plan
+from pissa_core.plan import Matrix, Plan
 from pissa_core.planning import bytes_in_flight
 from pissa_core.ports import CheckpointSink, CheckpointSource
 from pissa_core.report.card import metadata_of
 from pissa_core.report.metadata import FIELDS, refused_fields, split_card
-from pissa_core.runtime import Resolved, Runtime, resolve
+from pissa_core.runtime import Runtime, resolve
 from pissa_core.traffic import Traffic
 
 
@@ -47,10 +49,40 @@ def check_plan(
         sink.check(read)
     _check_disk(plan, sink)
     _check_scratch(plan, source, sink, runtime)
-    resolved = resolve(runtime)
+    budget = resolve(runtime).budget
     if runtime.memory_budget is not None:
-        _check_memory(plan, resolved)
+        check_memory_budget(plan, budget, _needs(plan))
     return _with_valid_card(plan, source, sink)
+
+
+def check_budgets(
+    plan: Plan,
+    source: CheckpointSource,
+    *,
+    disk_budget: int | None = None,
+    memory_budget: int | None = None,
+    scratch: Path | None = None,
+) -> None:
+    """Refuse a plan that was only asked for as `check_plan` would for want of disk or memory.
+
+    Args:
+        plan: of any kind; what it refuses itself is to be mended first, and nothing is asked then.
+        source: the checkpoint.
+        disk_budget: bytes of scratch; None: no limit, or what is free where `scratch` lies.
+        memory_budget: bytes that matrices in flight may take together; None: no limit.
+        scratch: where work in progress lies, if the result goes elsewhere.
+
+    Raises:
+        DiskTooSmall, MemoryTooSmall: a budget cannot hold what stands alone in it.
+    """
+    if plan.refused:
+        return
+    if scratch is not None:
+        disk_budget = Ledger(scratch, disk_budget).capacity()
+    if disk_budget is not None:
+        check_disk_budget(plan, disk_budget, sizes=None if scratch is None else _sizes(source))
+    if memory_budget is not None:
+        check_memory_budget(plan, memory_budget, _needs(plan))
 
 
 def _with_valid_card(plan: Plan, source: CheckpointSource, sink: CheckpointSink) -> Plan:
@@ -99,12 +131,14 @@ def _check_scratch(
     plan: Plan, source: CheckpointSource, sink: CheckpointSink, runtime: Runtime
 ) -> None:
     ledger = traffic_of(runtime, sink).ledger
-    if ledger is None:
-        return
-    sizes = {path: info.size for path, info in source.files().items()}
-    check_disk_budget(plan, ledger.capacity(), sizes=sizes if is_elsewhere(sink) else None)
+    if ledger is not None:
+        sizes = _sizes(source) if is_elsewhere(sink) else None
+        check_disk_budget(plan, ledger.capacity(), sizes=sizes)
 
 
-def _check_memory(plan: Plan, resolved: Resolved) -> None:
-    needs = partial(fold_bytes, plan) if plan.fold is not None else bytes_in_flight(plan)
-    check_memory_budget(plan, resolved.budget, needs)
+def _sizes(source: CheckpointSource) -> Mapping[str, int]:
+    return {path: info.size for path, info in source.files().items()}
+
+
+def _needs(plan: Plan) -> Callable[[Matrix], int]:
+    return bytes_in_flight(plan) if plan.fold is None else partial(fold_bytes, plan)

@@ -1,7 +1,4 @@
-"""Whether a plan keeps within the bytes it is given: of disk for work in progress, and of memory.
-
-Asked when a plan is made, and again before work begins, when less may be free.
-"""
+"""Whether a plan keeps within the bytes it is given, of disk for its scratch and of memory."""
 
 from __future__ import annotations
 
@@ -59,9 +56,8 @@ def check_memory_budget(plan: Plan, budget: int, needs: Callable[[Matrix], int])
     Raises:
         MemoryTooSmall: with both numbers.
     """
-    largest = max(plan.matrices, key=needs)
-    needed = needs(largest)
-    if needed > budget:
+    largest = max(plan.matrices, key=needs, default=None)
+    if largest is not None and (needed := needs(largest)) > budget:
         raise MemoryTooSmall(
             f"{largest.tensor} {list(largest.shape)} needs {needed:,} bytes in flight and the "
             f"memory budget is {budget:,}",

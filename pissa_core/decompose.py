@@ -56,13 +56,22 @@ def decompose(
     job = _Job(config, bench, head_start)
     sized = [(matrix, job.nbytes(matrix, resolved.device)) for matrix in matrices]
     on_cpu = partial(job.on_the_cpu_instead, device=resolved.device)
+    lanes = _Lanes(resolved.device)
+    # Memory is kept for the next matrix within what the budget allows, and the largest will take.
+    largest = sorted((nbytes for _, nbytes in sized), reverse=True)[: resolved.slots]
+    most = min(resolved.budget, sum(largest))
+
+    def begins(matrix: Matrix, in_flight: int) -> None:
+        lanes.expect(matrix, spare=most - in_flight)
+
     yield from run_in_slots(
-        partial(job.run, lanes=_Lanes(resolved.device)),
+        partial(job.run, lanes=lanes),
         sized,
         slots=resolved.slots,
         budget=resolved.budget,
         ran_out=ran_out_of_memory,
         last_resort=None if resolved.device.type == "cpu" else on_cpu,
+        begins=begins,
     )
 
 
@@ -83,7 +92,7 @@ class _Job:
         """Split one matrix in this thread's lane and write what came out."""
         began = time.perf_counter()
         try:
-            with lanes.own(), lanes.memory(matrix.stop - matrix.start) as memory:
+            with lanes.own(), lanes.memory(matrix) as memory:
                 row, *results = self._split(matrix, lanes, memory)
                 residual, a, b = lanes.to_host(*results)
                 del results
@@ -96,6 +105,7 @@ class _Job:
             ) from error
         except (MemoryError, RuntimeError) as error:
             if ran_out_of_memory(error):
+                lanes.clear()
                 raise self._out_of_memory(matrix, lanes.device) from error
             raise
         nbytes = matrix.stop - matrix.start
@@ -114,8 +124,7 @@ class _Job:
     def _split(
         self, matrix: Matrix, lanes: _Lanes, memory: Tensor | None
     ) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
-        original = self.bench.original(matrix, pinned=lanes.pinned, memory=memory)
-        stored = lanes.to_device(original)
+        stored = lanes.to_device(self.bench.original(matrix, pinned=lanes.pinned, memory=memory))
         split = split_principal(
             stored.t() if matrix.transposed else stored,
             matrix.rank,
@@ -157,9 +166,18 @@ class _Lanes:
             self._threads.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return torch.cuda.stream(self._threads.stream)
 
-    def memory(self, nbytes: int) -> AbstractContextManager[Tensor | None]:
+    def expect(self, matrix: Matrix, *, spare: int) -> None:
+        """Have `memory` be asked for a matrix, and hold no more than `spare` bytes besides."""
+        if not self.pinned:
+            self._buffers.expect(matrix.stop - matrix.start, spare)
+
+    def memory(self, matrix: Matrix) -> AbstractContextManager[Tensor | None]:
         """Lend memory for a matrix on the CPU; page-locked memory is torch's to reuse."""
-        return nullcontext() if self.pinned else self._buffers.taken(nbytes)
+        return nullcontext() if self.pinned else self._buffers.taken(matrix.stop - matrix.start)
+
+    def clear(self) -> None:
+        """Let go of memory that no matrix has."""
+        self._buffers.clear()
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Copy to the device without waiting; a page-locked source is kept until it is read."""

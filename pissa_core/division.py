@@ -41,7 +41,8 @@ def fit_to_disk(
     max_shard_size: int,
     scratch: Path | None,
 ) -> tuple[Plan, int | None]:
-    """Divide what the disk cannot hold; return the plan, and the bytes that scratch may take.
+    """Divide what the disk cannot hold; return the plan, and what scratch may take if only that
+    lies here.
 
     Args:
         plan: of any kind, its shards whole.
@@ -57,7 +58,7 @@ def fit_to_disk(
         disk_budget = Ledger(scratch, disk_budget).capacity()
     if disk_budget is not None:
         plan = divide(plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size)
-    return plan, disk_budget
+    return plan, None if scratch is None else disk_budget
 
 
 def divide(plan: Plan, layout: Layout, *, disk_budget: int, max_shard_size: int) -> Plan:

@@ -41,8 +41,8 @@ class HeadStart:
         """Begin, with all cores but one; `close` when the matrices' turn has come."""
         self._source, self._config = source, config
         self._held, self._lock = 0, threading.Lock()
-        self._buffers = Buffers()
         self._futures: dict[str, Future[TruncatedSvd | None]] = {}
+        self._buffers = Buffers()
         try:
             guessed = list(_guess(source, config, resolved))
         except PissaError:  # the planner meets it, too, and says so
@@ -52,6 +52,8 @@ class HeadStart:
             threads = min(threads, resolved.budget // max(size for _, size in guessed))
         if not guessed or threads < 1:
             return
+        # Each thread may have the largest in flight: what it reads the others into is no larger.
+        self._buffers = Buffers(spare=threads * max(info.nbytes for info, _ in guessed))
         pool = ThreadPoolExecutor(
             threads, "head-start", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -62,6 +64,7 @@ class HeadStart:
         """Begin nothing more; what is done or under way can still be taken."""
         for future in self._futures.values():
             future.cancel()
+        self._buffers.close()
 
     def take(self, matrix: Matrix) -> TruncatedSvd | None:
         """Return what was found for a matrix, if its guess was right; waits if it is under way."""

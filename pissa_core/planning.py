@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pissa_core.budgets import check_disk_budget, check_memory_budget, publish_bytes
+from pissa_core.budgets import publish_bytes
 from pissa_core.division import MAX_SHARD_SIZE, fit_to_disk
 from pissa_core.layout import Layout, read_layout
 from pissa_core.plan import IN_FLIGHT, Estimate, Matrix, Plan, ShardPlan
@@ -56,8 +56,7 @@ def make_plan(
             free there is the disk budget, if none is given.
 
     Raises:
-        DiskTooSmall, MemoryTooSmall: a budget cannot hold what stands alone in it, and nothing
-            else is refused.
+        DiskTooSmall: as `division.divide` does.
         PissaError: the checkpoint's files are not what they should be, or nothing matched.
     """
     layout = layout or read_layout(source)
@@ -81,7 +80,7 @@ def make_plan(
         refused=targets.refused,
         estimate=_UNKNOWN,
     )
-    plan, capacity = fit_to_disk(
+    plan, scratch_budget = fit_to_disk(
         plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size, scratch=scratch
     )
     sizes = {path: info.size for path, info in source.files().items()}
@@ -90,15 +89,9 @@ def make_plan(
         sizes,
         slots=slots or usable_cores(),
         memory_budget=memory_budget,
-        scratch_budget=None if scratch is None else capacity,
+        scratch_budget=scratch_budget,
     )
-    plan = dataclasses.replace(plan, estimate=cost)
-    if not plan.refused:
-        if capacity is not None:
-            check_disk_budget(plan, capacity, sizes=None if scratch is None else sizes)
-        if memory_budget is not None:
-            check_memory_budget(plan, memory_budget, bytes_in_flight(plan))
-    return plan
+    return dataclasses.replace(plan, estimate=cost)
 
 
 def accepted_config(config: PissaConfig) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def run_in_slots(
     budget: int,
     ran_out: Callable[[BaseException], bool] | None = None,
     last_resort: Callable[[Item], Result] | None = None,
+    begins: Callable[[Item, int], None] | None = None,
 ) -> Iterator[Result]:
     """Yield `work(item)` for each item, as each is done.
 
@@ -69,6 +70,7 @@ def run_in_slots(
         budget: most bytes in flight.
         ran_out: whether an error says that there was too little memory; it may free some.
         last_resort: another way to do an item, which needs other memory.
+        begins: told of each item before its turn, and of the bytes in flight with it.
     """
     waiting = list(items)[::-1]
     running: dict[Future[Result], _Flight[Item]] = {}
@@ -77,6 +79,9 @@ def run_in_slots(
         while waiting or running:
             while waiting and _fits(waiting[-1][1], running.values(), slots, budget):
                 flight = _Flight(*waiting.pop())
+                if begins is not None:
+                    in_flight = flight.size + sum(other.size for other in running.values())
+                    begins(flight.item, in_flight)
                 running[pool.submit(work, flight.item)] = flight
             for flight in running.values():
                 flight.crowded |= len(running) > 1

@@ -86,7 +86,7 @@ def split_principal(
              lowest row. ``peft``: LAPACK's. Columns that share a sigma are not unique.
     Random   from `seed` alone, see `truncated_svd`; threads in flight do not disturb each other.
     Cost     the SVD, unless it was found before, plus 4 m n r flops (6 if W is float32) in one
-             pass that forms R and measures. Memory: `working_bytes`.
+             pass that forms R and measures. Memory: `working_bytes`, and s m n unless `overwrite`.
     Raises   RankTooLarge if r > min(m, n); NonFiniteWeight, naming the first bad index;
              UnsupportedDtype if a factor or R does not fit the range of its dtype.
     Source   Meng, Wang, Zhang 2024, arXiv:2404.02948 (their A, B are our B, A).
@@ -179,9 +179,8 @@ def _complete(
             measured.add(i, j, P)
         if W.dtype == torch.float32:
             product = times_transposed(left[i:j], right)
-            rest = torch.sub(P, product, alpha=scaling)
-            P.sub_(rest).sub_(product, alpha=scaling)
-            out[i:j] = rest
+            torch.sub(P, product, alpha=scaling, out=out[i:j])
+            P.sub_(out[i:j]).sub_(product, alpha=scaling)
         else:
             _subtract_product(P, left[i:j], right, scaling)
             out[i:j] = P

@@ -84,7 +84,7 @@ def empty(
     Args:
         shape: of the tensor.
         dtype: in safetensors' spelling.
-        pinned: whether it is to be page-locked.
+        pinned: whether memory of its own is to be page-locked.
         memory: uint8, at least as large: the tensor lies there. None: in memory of its own.
     """
     if memory is None:

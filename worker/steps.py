@@ -34,12 +34,14 @@ def discard(context: Context, claim: Claim, hold: Hold) -> None:
 
 def plan(context: Context, claim: Claim, hold: Hold) -> None:
     """Make a plan that somebody waits for."""
+    from pissa_core.admission import check_budgets
     from pissa_core.planning import make_plan
 
     request = context.request_of(claim, BaseToPissa)
-    source = context.source(claim, request.model)
-    made = make_plan(source, request.pissa, **context.limits(request))
+    source, limits = context.source(claim, request.model), context.limits(request)
+    made = make_plan(source, request.pissa, **limits)
     context.check_plan_size(made, source)
+    check_budgets(made, source, disk_budget=limits["disk_budget"], scratch=limits.get("scratch"))
     context.tasks.finish(claim, made.public())
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from app.cli.planner import planning
 from app.cli.progress import Display, Pace, Snapshot, pause_line
+from app.cli.tables import repo_and_revision
 from pissa_core.errors import OutputExists, PissaError, SourceChanged
 from pissa_core.events import (
     Event,
@@ -67,8 +68,7 @@ class Result:
 
     def how_to_load(self) -> tuple[str, str | None, str | None]:
         """Return base, revision and class for the loading snippet."""
-        repo, _, revision = self.output.removeprefix("hf://").partition("@")
-        return repo, revision or None, self.model_class
+        return *repo_and_revision(self.output), self.model_class
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from app.cli.http import Service
 from app.cli.options import config_options, json_option, max_shard_size_option, settings
 from app.cli.outputs import output_options, refuse, required_output
 from app.cli.to_lora import lora_options
-from pissa_core.refs import HubRef, Ref, parse_ref
+from pissa_core.refs import HubRef, parse_ref
 from pissa_core.spec import parse_config
 from worker.contract import KINDS
 
@@ -107,14 +107,17 @@ def _references(kind: str, refs: Mapping[str, str | None]) -> dict[str, str]:
     for name, ref in given.items():
         if name not in (*_NEEDED[kind], *_OPTIONAL.get(kind, ())):
             raise click.UsageError(f"--kind {kind} has no {_spelled(name)}")
-        _note_folder(parse_ref(ref))
+        parse_ref(ref)
+        _note_folder(ref)
     return given
 
 
-def _note_folder(ref: Ref) -> None:
-    if isinstance(ref, HubRef) and Path(ref.repo_id).is_dir():
+def _note_folder(named: str) -> None:
+    """Tell someone who wrote ``model`` and meant the folder here what the service will take."""
+    if parse_ref(named) == HubRef(named) and Path(named).is_dir():
         click.echo(
-            f"note: {ref.repo_id} is asked of the Hub; write ./{ref.repo_id} to mean a folder",
+            f"note: {named} is asked of the Hub; a folder of the service's is ./{named}, below its "
+            "PISSA_LOCAL_ROOT",
             err=True,
         )
 

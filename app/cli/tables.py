@@ -198,16 +198,26 @@ def loading_snippet(base: str, revision: str | None = None, model_class: str | N
 
 
 def lora_snippet(adapter: str, base: str | None, revision: str | None, loader: str) -> str:
-    """Say in Python how PEFT puts a plain LoRA on its base."""
+    """Say in Python how PEFT puts a plain LoRA, in a folder or on the Hub, on its base."""
     # Quoted as JSON: a name from a file of others must not leave its quotes.
     named = json.dumps(base or "path/to/the/original/model", ensure_ascii=False)
     at = f", revision={json.dumps(revision)}" if revision else ""
+    repo, pinned = repo_and_revision(adapter)
+    own = f', revision="{pinned}"' if pinned else ""
     return (
         f"from peft import PeftModel\n"
         f"from transformers import {loader}\n\n"
         f"base = {loader}.from_pretrained({named}{at})\n"
-        f'model = PeftModel.from_pretrained(base, "{adapter}")'
+        f'model = PeftModel.from_pretrained(base, "{repo}"{own})'
     )
+
+
+def repo_and_revision(ref: str) -> tuple[str, str | None]:
+    """Split a result's reference into what the libraries call it; a folder has no revision."""
+    if not ref.startswith("hf://"):
+        return ref, None
+    repo, _, revision = ref.removeprefix("hf://").partition("@")
+    return repo, revision or None
 
 
 def plain_snippet(model: str, revision: str | None = None, model_class: str | None = None) -> str:

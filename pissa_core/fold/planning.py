@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
-from pissa_core.budgets import check_disk_budget, check_memory_budget
 from pissa_core.division import MAX_SHARD_SIZE, fit_to_disk
 from pissa_core.errors import PissaError, error_from
 from pissa_core.fold.adapter import Adapter, read_adapter
@@ -52,7 +50,7 @@ def make_fold_plan(
         scratch: where work in progress lies, if the result goes elsewhere; see `make_plan`.
 
     Raises:
-        DiskTooSmall, MemoryTooSmall: a budget cannot hold what stands alone in it.
+        DiskTooSmall: as `division.divide` does.
         PissaError: a file is not what it should be, or the two do not belong together.
     """
     from pissa_core.targets.adapted import resolve_adapter
@@ -106,17 +104,12 @@ def make_fold_plan(
         estimate=_UNKNOWN,
         fold=fold,
     )
-    plan, capacity = fit_to_disk(
+    plan, scratch_budget = fit_to_disk(
         plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size, scratch=scratch
     )
     sizes = {path: info.size for path, info in residual.files().items()}
-    limits = _Limits(slots or usable_cores(), memory_budget, None if scratch is None else capacity)
-    plan = dataclasses.replace(plan, estimate=_estimate(plan, sizes, limits))
-    if capacity is not None:
-        check_disk_budget(plan, capacity, sizes=None if scratch is None else sizes)
-    if memory_budget is not None:
-        check_memory_budget(plan, memory_budget, partial(fold_bytes, plan))
-    return plan
+    limits = _Limits(slots or usable_cores(), memory_budget, scratch_budget)
+    return dataclasses.replace(plan, estimate=_estimate(plan, sizes, limits))
 
 
 def fold_bytes(plan: Plan, matrix: Matrix) -> int:

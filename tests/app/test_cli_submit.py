@@ -69,11 +69,14 @@ def test_each_kind_has_the_body_that_rest_takes(asked, make_app, words, body):
 
 
 def test_a_name_that_is_a_folder_here_is_told_how_folders_are_written(asked, tmp_path, monkeypatch):
-    (tmp_path / "model").mkdir()
+    (tmp_path / "org" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    asked("model")
-    assert asked.told == "note: model is asked of the Hub; write ./model to mean a folder\n"
-    for meant in ("./model", "org/name"):
+    asked("org/model")
+    assert asked.told == (
+        "note: org/model is asked of the Hub; a folder of the service's is ./org/model, below its "
+        "PISSA_LOCAL_ROOT\n"
+    )
+    for meant in ("./org/model", "hf://org/model", "org/model@v1", "org/other"):
         asked(meant)
         assert asked.told == ""
 

@@ -16,7 +16,7 @@ from worker_tools import write_llama
 
 from pissa_core.adapters import staging_digest
 from pissa_core.adapters.local import LocalSink, LocalSource
-from pissa_core.admission import check_plan
+from pissa_core.admission import check_budgets, check_plan
 from pissa_core.budgets import publish_bytes
 from pissa_core.engine import convert
 from pissa_core.errors import DiskTooSmall, MemoryTooSmall, PissaError
@@ -185,6 +185,11 @@ def least_that_would_do(error: PissaError) -> int:
     return int(found[1])
 
 
+def refuse(source: LocalSource, plan: Plan | None = None, **limits: Any) -> None:
+    """Plan, unless there is a plan, and check it against the same limits."""
+    check_budgets(plan or plan_of(source, **limits), source, **limits)
+
+
 @pytest.mark.parametrize("goes_to_the_hub", [False, True])
 def test_a_plan_refuses_a_budget_that_is_too_small_and_tells_the_least_that_would_do(
     tmp_path, goes_to_the_hub
@@ -193,12 +198,12 @@ def test_a_plan_refuses_a_budget_that_is_too_small_and_tells_the_least_that_woul
     scratch = tmp_path / "scratch" if goes_to_the_hub else None
 
     with pytest.raises(DiskTooSmall, match=r"the largest piece that model\.safetensors") as found:
-        plan_of(source, disk_budget=1000, scratch=scratch)
+        refuse(source, disk_budget=1000, scratch=scratch)
 
     least = least_that_would_do(found.value)
-    assert plan_of(source, disk_budget=least, scratch=scratch).estimate.peak_disk > 0
+    refuse(source, disk_budget=least, scratch=scratch)
     with pytest.raises(DiskTooSmall) as nearly:
-        plan_of(source, disk_budget=least - 1, scratch=scratch)
+        refuse(source, disk_budget=least - 1, scratch=scratch)
     assert least_that_would_do(nearly.value) == least
     what = "the adapter, one file," if goes_to_the_hub else "the largest piece"
     assert what in nearly.value.message  # the adapter's file passes through on the way to the Hub
@@ -207,7 +212,9 @@ def test_a_plan_refuses_a_budget_that_is_too_small_and_tells_the_least_that_woul
 def test_what_is_refused_for_other_reasons_is_told_before_the_budget(tmp_path):
     source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
     config = parse_config({"rank": 2, "rank_pattern": {"q_proj": 4096}})
-    assert make_plan(source, config, disk_budget=1000, memory_budget=1000).refused
+    refused = make_plan(source, config)
+    assert refused.refused
+    refuse(source, refused, disk_budget=1000, memory_budget=1000)
 
 
 def test_work_begins_only_if_there_is_still_room_for_its_largest_piece(tmp_path):
@@ -223,4 +230,4 @@ def test_work_begins_only_if_there_is_still_room_for_its_largest_piece(tmp_path)
 def test_a_plan_refuses_a_matrix_that_the_memory_budget_cannot_hold(tmp_path):
     source = LocalSource(tinymodels.save_model("llama", tmp_path / "model"))
     with pytest.raises(MemoryTooSmall, match=r"needs [\d,]+ bytes in flight .* budget is 1,000"):
-        plan_of(source, memory_budget=1000)
+        refuse(source, memory_budget=1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from worker_tools import write_llama
 
 from pissa_core.adapters import open_source
 from pissa_core.adapters.local import LocalSource
+from pissa_core.admission import check_budgets
 from pissa_core.budgets import publish_bytes
 from pissa_core.errors import DiskTooSmall, MemoryTooSmall, WrongBase
 from pissa_core.fold.planning import make_fold_plan
@@ -122,13 +124,38 @@ def test_a_divided_residual_that_was_altered_is_found_by_one_reading(tmp_path, m
 def test_a_plan_refuses_a_budget_that_cannot_hold_one_tensor(tmp_path, limits, error, told):
     pair = converted("llama", tmp_path)
     residual, adapter = LocalSource(pair), LocalSource(pair / "pissa_init")
+    plan = make_fold_plan(residual, adapter, open_source, **limits)
     with pytest.raises(error, match=told):
-        make_fold_plan(residual, adapter, open_source, **limits)
+        check_budgets(plan, residual, **limits)
 
 
 def test_a_plan_for_the_hub_wants_room_for_the_small_files_of_its_last_commit(tmp_path):
     pair = converted("llama", tmp_path)
     residual, adapter = LocalSource(pair), LocalSource(pair / "pissa_init")
     limits = {"disk_budget": 100_000, "scratch": tmp_path / "scratch"}
+    plan = make_fold_plan(residual, adapter, open_source, **limits)
     with pytest.raises(DiskTooSmall, match="disk budget is 100,000"):
-        make_fold_plan(residual, adapter, open_source, **limits)
+        check_budgets(plan, residual, **limits)
+
+
+def test_an_adapter_of_whole_weights_alone_fits_any_memory(tmp_path):
+    pair = converted("llama", tmp_path)
+    residual, adapter = LocalSource(pair), LocalSource(pair / "pissa_init")
+    plan = make_fold_plan(residual, adapter, open_source)
+    bare = dataclasses.replace(
+        plan, shards=tuple(dataclasses.replace(shard, matrices=()) for shard in plan.shards)
+    )
+    check_budgets(bare, residual, memory_budget=1)
+
+
+def test_a_tensor_that_does_not_fit_is_refused_before_any_work(tmp_path):
+    pair = converted("llama", tmp_path)
+    with pytest.raises(DiskTooSmall, match=r"model-0000.* disk budget is 20,000"):
+        fold_to(
+            pair,
+            pair / "pissa_init",
+            tmp_path / "plain",
+            limits={"disk_budget": 20_000},
+            disk_budget=20_000,
+        )
+    assert not (tmp_path / "plain").exists()

@@ -49,7 +49,7 @@ def container(
 
 def project_files() -> set[Path]:
     rooms = [ROOT / room for room in ("app", "worker", "pissa_core")]
-    return {path for room in rooms for path in room.rglob("*") if path.name != "__pycache__"}
+    return {path for room in rooms for path in room.rglob("*") if "__pycache__" not in path.parts}
 
 
 def test_a_job_from_a_mirror_through_the_containers_commands(tmp_path: Path, hub: Hub) -> None:
