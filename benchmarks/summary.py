@@ -104,6 +104,27 @@ def times(peer: dict | None, record: dict, key: str) -> str:
     return "–" if peer is None else f"{peer[key] / record[key]:.1f}×"
 
 
+def limits(result: dict) -> list[str]:
+    """Hold what was set out for against the least that all pieces take here, search and all."""
+    stored = RESULTS / "convert-cpu.json"
+    records = json.loads(stored.read_text())["synthetic"] if stored.exists() else []
+    peers = {r["rank"]: r["wall_s"] for r in records if r["contender"] == "PEFT pissa_niter_16"}
+    goals = {16: (3, 4), 128: (3, 5)}
+    lines = [
+        "| rank | niter_16 | set out for | at best, as above | and with no search at all |",
+        "|---:|---:|---|---:|---:|",
+    ]
+    for part in result["ranks"]:
+        rank, pieces = part["rank"], part["pieces"]
+        if rank not in peers or rank not in goals:
+            continue
+        wanted = ", ".join(f"{peers[rank] / times:.1f} s ({times}×)" for times in goals[rank])
+        least = sum(pieces.values()) / result["cores"]
+        rest = least - pieces["singular vectors"] / result["cores"]
+        lines.append(f"| {rank} | {peers[rank]:.1f} s | {wanted} | {least:.1f} s | {rest:.1f} s |")
+    return lines if len(lines) > 2 else []
+
+
 def anatomy(result: dict) -> str:
     """Say what a conversion's CPU time is spent on, and what follows for its wall time."""
     ranks, cores = result["ranks"], result["cores"]
@@ -128,6 +149,7 @@ def anatomy(result: dict) -> str:
         + " | ".join(f"{s / cores:.1f} s" for s in sums)
         + " |"
     )
+    lines += ["", *limits(result)]
     rates = result["gflops"]
     lines.append(
         f"\nOne core multiplies {rates['float32']:.0f} GFLOP/s in float32 and "
