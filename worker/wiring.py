@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from pissa_core.adapters import open_sink, open_source
 from pissa_core.errors import InvalidRequest, OutsideLocalRoot
 from pissa_core.ports import PublishOptions
-from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref
+from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref, resolve_local
 from worker.connect import connect
 from worker.contract import JobRequest, Output, Verify, WithOutput
 from worker.errors import StoreUnavailable
@@ -25,6 +25,8 @@ from worker.store.tasks import Claim, LeaseLost, TaskStore
 from worker.vault import Vault, open_vault
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pissa_core.adapters.hub import Notice, Pause
     from pissa_core.plan import Plan
     from pissa_core.ports import CheckpointSink, CheckpointSource
@@ -65,14 +67,14 @@ class Context:
                 limits["scratch"] = self.settings.scratch_dir
         return limits
 
-    def source(self, claim: Claim, ref: str) -> CheckpointSource:
+    def source(self, claim: Claim, ref: str | Ref) -> CheckpointSource:
         """Open a checkpoint with the job's own Hub token.
 
         Raises:
             OutsideLocalRoot: for a folder that the service may not touch. Requests are checked
                 when they come; an adapter may name any path as its base.
         """
-        found = trusted_ref(ref)
+        found = trusted_ref(ref) if isinstance(ref, str) else ref
         if isinstance(found, LocalRef) and self.settings.local_root is None:
             raise OutsideLocalRoot(
                 f"{found.path!r} is a local folder, and this service takes Hub references only",
@@ -198,3 +200,14 @@ def trusted_ref(ref: str) -> Ref:
     """Read a reference that was accepted before, or that we wrote ourselves."""
     # A plan names a folder by its absolute path, which may begin like a reference of another kind.
     return LocalRef(ref) if ref.startswith("/") else parse_ref(ref)
+
+
+def placed_ref(ref: str, root: Path | None) -> Ref:
+    """Read a reference that was accepted before, a folder by its absolute path.
+
+    What is looked for beside a folder, or in it, is named by paths made from its own.
+    """
+    found = trusted_ref(ref)
+    if isinstance(found, LocalRef) and root is not None:
+        return LocalRef(str(resolve_local(found, root)))
+    return found

@@ -7,10 +7,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from pathlib import Path
 
 import click
 
-from pissa_core.errors import InvalidRequest, PissaError
+from pissa_core.errors import AccessError, InvalidRequest, PissaError
+from pissa_core.refs import HubRef, Ref
 
 REFUSED_CODES = frozenset(
     {"invalid_request", "invalid_config", "invalid_reference", "outside_local_root"}
@@ -79,3 +81,16 @@ def _as_pissa_error(error: BaseException) -> PissaError:
         f"{type(error).__name__}: {error}",
         hint="this is a fault of the program; run it again with --debug and report what it shows",
     )
+
+
+@contextmanager
+def folder_hint(*refs: Ref | None) -> Iterator[None]:
+    """Tell someone who wrote ``model`` and meant the folder how folders are written."""
+    try:
+        yield
+    except AccessError as error:
+        names = [ref.repo_id for ref in refs if isinstance(ref, HubRef)]
+        name = next((name for name in names if Path(name).is_dir()), None)
+        if name is not None:
+            error.hint = f"there is a folder {name} here; write ./{name} to mean it"
+        raise

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,7 +15,7 @@ import click
 
 from app.cli import tables
 from app.cli.conversion import Conversion, scratch_for
-from app.cli.errors import ExitStatus, on_interrupt
+from app.cli.errors import ExitStatus, folder_hint, on_interrupt
 from app.cli.folding import FoldingRun
 from app.cli.options import (
     budget_options,
@@ -28,8 +27,8 @@ from app.cli.outputs import options_of, output_options, required_output
 from app.cli.planner import plan_in_child
 from app.cli.progress import Snapshot, display
 from app.cli.verification import Verification, print_report
-from pissa_core.errors import AccessError, error_from
-from pissa_core.refs import HubRef, Ref, parse_ref
+from pissa_core.errors import error_from
+from pissa_core.refs import parse_ref
 from pissa_core.spec import parse_config
 
 GRACE_S = 5.0
@@ -63,7 +62,7 @@ def plan(
     """
     config, ref = parse_config(pissa), parse_ref(model)
     scratch = None if out is None else scratch_for(parse_ref(out))
-    with display() as shown, _folder_hint(ref):
+    with display() as shown, folder_hint(ref):
         shown.show(Snapshot("planning"))
         made = plan_in_child(
             str(ref), config, debug=settings["debug"], **{**limits, "scratch": scratch}
@@ -112,7 +111,7 @@ def convert(
         limits=limits,
         debug=settings["debug"],
     )
-    with on_interrupt(RESUME), _prompt_end(), _folder_hint(job.model), display() as shown:
+    with on_interrupt(RESUME), _prompt_end(), folder_hint(job.model), display() as shown:
         result = job.run(shown)
     if as_json:
         tables.print_json(result.as_dict())
@@ -155,7 +154,12 @@ def to_base(
         limits=limits,
         debug=settings["debug"],
     )
-    with on_interrupt(RESUME), _prompt_end(), _folder_hint(job.residual), display() as shown:
+    with (
+        on_interrupt(RESUME),
+        _prompt_end(),
+        folder_hint(job.residual, job.adapter),
+        display() as shown,
+    ):
         result = job.run(shown)
     if as_json:
         tables.print_json(result.as_dict())
@@ -175,7 +179,7 @@ def verify(settings: dict[str, Any], *, original: str, converted: str, as_json: 
     Every file is read once. Exit status 0: passed; 1: a fault was found.
     """
     job = Verification(parse_ref(original), parse_ref(converted), debug=settings["debug"])
-    with _folder_hint(job.original), _folder_hint(job.converted), display() as shown:
+    with folder_hint(job.original, job.converted), display() as shown:
         report = job.run(shown)
     if as_json:
         tables.print_json(report)
@@ -219,14 +223,3 @@ def _end_now() -> None:
     sys.stderr.write(f"{show_cursor}{RESUME}\n")
     sys.stderr.flush()
     os._exit(ExitStatus.INTERRUPTED)
-
-
-@contextmanager
-def _folder_hint(ref: Ref) -> Iterator[None]:
-    """Tell someone who wrote ``model`` and meant the folder how folders are written."""
-    try:
-        yield
-    except AccessError as error:
-        if isinstance(ref, HubRef) and Path(ref.repo_id).is_dir():
-            error.hint = f"there is a folder {ref.repo_id} here; write ./{ref.repo_id} to mean it"
-        raise

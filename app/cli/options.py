@@ -165,7 +165,8 @@ memory_budget_option = click.option(
     "--memory-budget",
     type=Size(),
     metavar="SIZE",
-    help="Memory that may be used, such as 4GB; fewer matrices in flight keep to it.",
+    help="Memory that matrices in flight may take together, beside what Python and torch take, "
+    "such as 4GB; fewer in flight keep to it.",
 )
 
 slots_option = click.option(

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from app.cli import tables
 from app.cli.conversion import noting, scratch_folder
-from app.cli.errors import on_interrupt
+from app.cli.errors import folder_hint, on_interrupt
 from app.cli.options import (
     device_option,
     disk_budget_option,
@@ -98,7 +98,7 @@ def to_lora(
         memory_budget=memory_budget,
         disk_budget=disk_budget,
     )
-    with on_interrupt(INTERRUPTED), display() as shown:
+    with on_interrupt(INTERRUPTED), folder_hint(work.trained, work.initial), display() as shown:
         result, loader = work.run(shown)
     if as_json:
         tables.print_json(result)

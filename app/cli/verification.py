@@ -90,12 +90,12 @@ class Verification:
 
 
 def _stranger(report: Mapping[str, Any]) -> str | None:
-    """Say that the converted model is no output of ours, if it has nothing that makes it one."""
+    """Say that the converted model is no pair of ours, if it has nothing that makes it one."""
     if any(path.split("/")[0] in ("pissa_manifest.json", "pissa_init") for path in report["files"]):
         return None
     return (
-        f"{report['converted']['ref']} is no output of pissa: it has neither pissa_manifest.json "
-        "nor pissa_init/; what `pissa convert` wrote has both"
+        f"{report['converted']['ref']} is no output of `pissa convert`: it has neither pissa_init/ "
+        "nor a pissa_manifest.json of that kind"
     )
 
 

@@ -28,6 +28,9 @@ INITIAL = "pissa_init"
 MANIFEST = "pissa_manifest.json"
 _HINT = "name the initial adapter (--initial, in REST initial)"
 
+HERE = Path()
+"""The working directory, where a command's relative paths start."""
+
 Opener = Callable[[Ref], CheckpointSource]
 
 
@@ -41,7 +44,7 @@ class Place:
 
 
 def find_initial(
-    trained: Mapping[str, Any], given: Ref | None, open_ref: Opener
+    trained: Mapping[str, Any], given: Ref | None, open_ref: Opener, *, root: Path | None = HERE
 ) -> tuple[Ref, CheckpointSource]:
     """Open the initial adapter: the one given, or the one beside the trained adapter's base.
 
@@ -49,6 +52,7 @@ def find_initial(
         trained: the trained adapter's config.
         given: what was asked for; a residual model stands for the adapter in it.
         open_ref: opens a reference.
+        root: as of `base_of`.
 
     Raises:
         WrongBase: if none was given and the base leads to none.
@@ -59,7 +63,7 @@ def find_initial(
             given = _below(given)
             source = open_ref(given)
         return given, source
-    residual = base_of(trained)
+    residual = base_of(trained, root)
     if residual is None:
         raise WrongBase("the trained adapter does not say what base it was trained on", hint=_HINT)
     try:
@@ -92,8 +96,13 @@ def find_place(ref: Ref | None, open_ref: Opener) -> Place | None:
         return None
 
 
-def base_of(config: Mapping[str, Any]) -> Ref | None:
+def base_of(config: Mapping[str, Any], root: Path | None = HERE) -> Ref | None:
     """Read what an adapter names as its base: a path, or a repo and perhaps its revision.
+
+    Args:
+        config: the adapter's.
+        root: where relative paths start; a repo's name that is a folder there means that folder.
+            None: no folder is looked for.
 
     Raises:
         WrongBase: if it is neither.
@@ -101,8 +110,10 @@ def base_of(config: Mapping[str, Any]) -> Ref | None:
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         return None
-    if name.startswith("/") or _is_folder(name):
-        return LocalRef(str(Path(name).absolute()))
+    if name.startswith("/"):
+        return LocalRef(name)
+    if root is not None and _is_folder(root, name):
+        return LocalRef(str((root / name).absolute()))
     try:
         ref = parse_ref(name)
     except InvalidReference as error:
@@ -114,9 +125,9 @@ def base_of(config: Mapping[str, Any]) -> Ref | None:
     return ref
 
 
-def _is_folder(name: str) -> bool:
+def _is_folder(root: Path, name: str) -> bool:
     try:
-        return Path(name).is_dir()
+        return (root / name).is_dir()
     except (OSError, ValueError):  # a name longer than any, or with a NUL in it
         return False
 

@@ -14,7 +14,16 @@ from typing import Any
 
 from pissa_core.errors import AdaptersDoNotMatch, HeaderInvalid, WrongBase
 from pissa_core.lora.adapter import CONFIG, WEIGHTS, Adapter
-from pissa_core.lora.finding import INITIAL, MANIFEST, Opener, Place, base_of, find_place, parent_of
+from pissa_core.lora.finding import (
+    HERE,
+    INITIAL,
+    MANIFEST,
+    Opener,
+    Place,
+    base_of,
+    find_place,
+    parent_of,
+)
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref
 
@@ -40,7 +49,13 @@ class Lineage:
 
 
 def trace(
-    trained: Adapter, initial: Adapter, ref: Ref, source: CheckpointSource, open_ref: Opener
+    trained: Adapter,
+    initial: Adapter,
+    ref: Ref,
+    source: CheckpointSource,
+    open_ref: Opener,
+    *,
+    root: Path | None = HERE,
 ) -> Lineage:
     """Check that both adapters belong to one residual model, and find its original.
 
@@ -50,13 +65,14 @@ def trace(
         ref: where that was opened.
         source: its files.
         open_ref: opens a reference.
+        root: as of `base_of`.
 
     Raises:
         WrongBase: if the trained adapter was trained on another model.
         AdaptersDoNotMatch: if the initial adapter is not the one its manifest lists.
     """
     own = find_place(parent_of(ref), open_ref)
-    base = base_of(trained.config)
+    base = base_of(trained.config, root)
     named_alike = trained.base is not None and trained.base == initial.base
     if own is None or own.manifest is None or not named_alike:
         place = find_place(base, open_ref)
@@ -67,7 +83,7 @@ def trace(
     if own is not None and own.manifest is not None:
         _check_listed(own, own.manifest, initial, source)
         return _from_manifest(own, own.manifest)
-    return _from_names(initial, find_place(base_of(initial.config), open_ref))
+    return _from_names(initial, find_place(base_of(initial.config, root), open_ref))
 
 
 def _check_trained_on(

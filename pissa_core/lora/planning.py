@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from pissa_core.adapters.ledger import disk_too_small
 from pissa_core.admission import traffic_of
 from pissa_core.errors import DiskTooSmall
 from pissa_core.lora.adapter import WEIGHTS, Adapter, Pair, read_adapter, read_config
-from pissa_core.lora.finding import Opener, find_initial
+from pissa_core.lora.finding import HERE, Opener, find_initial
 from pissa_core.lora.layout import scratch_bytes
 from pissa_core.lora.lineage import trace
 from pissa_core.lora.matching import check_match
@@ -30,20 +31,30 @@ class Found:
     initial: CheckpointSource
 
 
-def open_adapters(trained: Ref, initial: Ref | None, open_ref: Opener) -> Found:
-    """Open the trained adapter, and the initial one or what the trained one's base leads to."""
+def open_adapters(
+    trained: Ref, initial: Ref | None, open_ref: Opener, *, root: Path | None = HERE
+) -> Found:
+    """Open the trained adapter, and the initial one or what the trained one's base leads to.
+
+    `root`: as of `finding.base_of`.
+    """
     source = open_ref(trained)
-    ref, beside = find_initial(read_config(source), initial, open_ref)
+    ref, beside = find_initial(read_config(source), initial, open_ref, root=root)
     return Found(source, ref, beside)
 
 
 def make_lora_plan(
-    found: Found, options: LoraOptions, open_ref: Opener, *, slots: int | None = None
+    found: Found,
+    options: LoraOptions,
+    open_ref: Opener,
+    *,
+    slots: int | None = None,
+    root: Path | None = HERE,
 ) -> LoraPlan:
     """Compare both adapters and decide what becomes of every tensor; reads no factor.
 
     The file of the initial adapter is read once for its checksum, where a manifest lists it and
-    the source does not know it.
+    the source does not know it. `root`: as of `finding.base_of`.
 
     Raises:
         UnsupportedAdapter: if one of them cannot be converted correctly.
@@ -51,7 +62,7 @@ def make_lora_plan(
     """
     trained, initial = read_adapter(found.trained), read_adapter(found.initial)
     check_match(trained, initial)
-    lineage = trace(trained, initial, found.initial_ref, found.initial, open_ref)
+    lineage = trace(trained, initial, found.initial_ref, found.initial, open_ref, root=root)
     updates = _updates(trained, initial, options)
     flights = sorted((working_bytes(update, options) for update in updates), reverse=True)
     return LoraPlan(

@@ -12,6 +12,8 @@ from cli_tools import pissa
 from conversions import convert_to
 from lora_tools import config, edit_config, edit_weights
 
+from app.cli.tables import lora_snippet
+
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
@@ -71,3 +73,20 @@ def test_adapters_that_do_not_match_end_with_1_and_leave_nothing(pair, tmp_path)
     assert done.stderr.splitlines()[-2].startswith("error[adapters_do_not_match]: model.layers.0")
     assert done.stderr.splitlines()[-1].startswith("hint: lora_alpha, alpha_pattern and use_rslora")
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--trained", "trained"], ["--trained", "./trained", "--initial", "pair"]]
+)
+def test_who_writes_a_folder_as_a_repo_is_told_how_folders_are_written(pair, tmp_path, words):
+    done = pissa("to-lora", *words, "--out", tmp_path / "out", cwd=pair)
+    assert done.returncode == 1
+    assert f"there is a folder {words[-1]} here; write ./{words[-1]} to mean it" in done.stderr
+
+
+def test_the_snippet_of_an_adapter_on_the_hub_names_repo_and_revision():
+    told = lora_snippet("hf://me/lora@abc123", "org/name", None, "AutoModelForCausalLM")
+    assert told.splitlines()[-2:] == [
+        'base = AutoModelForCausalLM.from_pretrained("org/name")',
+        'model = PeftModel.from_pretrained(base, "me/lora", revision="abc123")',
+    ]

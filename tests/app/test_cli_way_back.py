@@ -108,7 +108,7 @@ def test_verify_of_what_we_never_made_says_so_first(made, capsys):
     assert done.returncode == 1
     report = json.loads(done.stdout)
     assert report["passed"] is False
-    sentence = f"{made / 'model'} is no output of pissa: it has neither pissa_manifest.json nor "
+    sentence = f"{made / 'model'} is no output of `pissa convert`: it has neither pissa_init/ nor "
     print_report(report)
     assert capsys.readouterr().out.startswith(sentence)
     print_first_faults(report)

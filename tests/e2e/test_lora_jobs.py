@@ -119,6 +119,20 @@ def test_the_service_keeps_the_files_where_no_output_is_named(rest, trained):
     assert config["base_model_name_or_path"] == str(rest.root / "base")
 
 
+@pytest.mark.parametrize("initial", [None, "./pair", "./pair/pissa_init"])
+@pytest.mark.parametrize("base", ["./pair", "pair"])
+def test_relative_folders_start_at_the_root_whoever_names_them(rest, trained, base, initial):
+    """What is asked for, what an adapter calls its base, and what is found beside either."""
+    named = rest.root / f"trained-{base.count('/')}-{len(initial or '')}"
+    shutil.copytree(trained, named)
+    edit_config(named, base_model_name_or_path=base)
+    asked = {} if initial is None else {"initial": initial}
+    job = rest.done(kind="pissa-to-lora", trained=f"./{named.name}", **asked)
+    assert job["status"] == "succeeded", job["error"]
+    (note,) = job["result"]["notes"]
+    assert note.startswith(f"the original base is {rest.root / 'base'}, ")
+
+
 def test_what_does_not_belong_together_fails_by_name_and_leaves_nothing(rest, trained, tmp_path):
     other = shutil.copytree(trained, rest.root / "other-alpha")
     edit_config(other, lora_alpha=64)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pissa_core.adapters import folding_digest
 from pissa_core.errors import PissaError, SourceChanged
 from pissa_core.plan import Plan
-from pissa_core.refs import Ref
 from worker.contract import PissaToBase
 from worker.holding import Hold
 from worker.kinds.telling import Kind, discard_staged, sweep, tell_publishing, tell_shard
@@ -27,12 +27,10 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     from pissa_core.fold.planning import make_fold_plan
     from pissa_core.fold.work import Beside
 
-    def open_other(ref: Ref) -> CheckpointSource:
-        return context.source(claim, str(ref))
-
     request = context.request_of(claim, PissaToBase)
     residual, adapter = (context.source(claim, ref) for ref in (request.residual, request.adapter))
     context.check_size(adapter.ref, adapter_size(adapter))
+    open_other = partial(context.source, claim)
     plan = make_fold_plan(residual, adapter, open_other, **context.limits(request))
     context.check_plan_size(plan, residual)
     context.check_ranks(adapter.ref, (matrix.rank for matrix in plan.matrices))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pissa_core.adapters import request_digest
 from pissa_core.errors import SourceChanged
-from pissa_core.refs import Ref, parse_ref
 from worker.contract import PissaToLora
 from worker.holding import Hold
 from worker.kinds.telling import Kind, discard_staged, sweep, tell_publishing, tell_shard
 from worker.store.tasks import Claim
-from worker.wiring import Context
+from worker.wiring import Context, placed_ref
 
 if TYPE_CHECKING:
     from pissa_core.lora.plan import LoraPlan
@@ -23,17 +23,14 @@ def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     from pissa_core.fold.adapter import adapter_size
     from pissa_core.lora.planning import check_lora_plan, make_lora_plan, open_adapters
 
-    request = context.request_of(claim, PissaToLora)
-
-    def open_ref(ref: Ref) -> CheckpointSource:
-        return context.source(claim, str(ref))
-
-    initial = None if request.initial is None else parse_ref(request.initial)
-    found = open_adapters(parse_ref(request.trained), initial, open_ref)
+    request, root = context.request_of(claim, PissaToLora), context.settings.local_root
+    open_ref = partial(context.source, claim)
+    initial = None if request.initial is None else placed_ref(request.initial, root)
+    found = open_adapters(placed_ref(request.trained, root), initial, open_ref, root=root)
     digest = _digest(context, claim, found.trained, found.initial)
     for adapter in (found.trained, found.initial):
         context.check_size(adapter.ref, adapter_size(adapter))
-    plan = make_lora_plan(found, request.lora, open_ref, slots=context.runtime.slots)
+    plan = make_lora_plan(found, request.lora, open_ref, slots=context.runtime.slots, root=root)
     for update in plan.updates:
         context.check_ranks(plan.source, (update.trained.rank, update.initial.rank))
     check_lora_plan(plan, found, context.sink(claim, digest), context.runtime)
