@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
+import pytest
 from compose import ROOT, SERVICES, command, environment
 from hub.state import Hub
 from worker_tools import wait_for, write_llama
@@ -52,6 +53,7 @@ def project_files() -> set[Path]:
     return {path for room in rooms for path in room.rglob("*") if "__pycache__" not in path.parts}
 
 
+@pytest.mark.slow
 def test_a_job_from_a_mirror_through_the_containers_commands(tmp_path: Path, hub: Hub) -> None:
     hub.create_repo("org/tiny", write_llama(tmp_path / "tiny", layers=1))
     for name in ("data", "models", "tmp"):

@@ -56,6 +56,7 @@ def finished(output: Path) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_killed_twice_it_gives_the_undisturbed_bytes(pair, tmp_path):
     output = tmp_path / "plain"
     manifest = fold_to(pair, pair / "pissa_init", output)

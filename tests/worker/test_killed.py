@@ -86,6 +86,7 @@ def holder_of(store: JobStore, job_id: str) -> int:
     return int(holder.split("/")[1])
 
 
+@pytest.mark.slow
 def test_worker_and_store_killed_within_a_shard(
     model: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:

@@ -147,6 +147,7 @@ def test_a_bad_matrix_is_named_and_staged_work_goes(service: Service, model: Pat
     assert [path.name for path in model.parent.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_away_is_tried_again_before_the_job_fails(service: Service) -> None:
     job = run(service.store, BaseToPissa(model="org/nowhere"))
     assert job.error is not None
