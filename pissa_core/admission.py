@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from pissa_core.adapters.ledger import Ledger
-from pissa_core.budgets import check_disk_budget, check_memory_budget
+from pissa_core.budgets import check_disk_budget, check_memory_budget, sizes_of
 from pissa_core.errors import DiskTooSmall, NoWriteAccess, error_from
 from pissa_core.fold.planning import fold_bytes
 from pissa_core.fold.result import folded_metadata
@@ -80,7 +80,7 @@ def check_budgets(
     if scratch is not None:
         disk_budget = Ledger(scratch, disk_budget).capacity()
     if disk_budget is not None:
-        check_disk_budget(plan, disk_budget, sizes=None if scratch is None else _sizes(source))
+        check_disk_budget(plan, disk_budget, sizes=None if scratch is None else sizes_of(source))
     if memory_budget is not None:
         check_memory_budget(plan, memory_budget, _needs(plan))
 
@@ -132,12 +132,8 @@ def _check_scratch(
 ) -> None:
     ledger = traffic_of(runtime, sink).ledger
     if ledger is not None:
-        sizes = _sizes(source) if is_elsewhere(sink) else None
+        sizes = sizes_of(source) if is_elsewhere(sink) else None
         check_disk_budget(plan, ledger.capacity(), sizes=sizes)
-
-
-def _sizes(source: CheckpointSource) -> Mapping[str, int]:
-    return {path: info.size for path, info in source.files().items()}
 
 
 def _needs(plan: Plan) -> Callable[[Matrix], int]:

@@ -7,10 +7,16 @@ from collections.abc import Callable, Mapping
 from pissa_core.adapters.ledger import disk_too_small
 from pissa_core.errors import MemoryTooSmall
 from pissa_core.plan import Matrix, Plan, ShardPlan
+from pissa_core.ports import CheckpointSource
 from pissa_core.workbench import row_bytes, scratch_bytes
 
 _SMALL = 16 << 20  # up to this the Hub may keep a file in git, and it lies here until the commit
 _REPORT_BYTES = 1 << 20  # card, pictures, index: what there is of them beside one row a matrix
+
+
+def sizes_of(source: CheckpointSource) -> Mapping[str, int]:
+    """Return the size of each of a checkpoint's files."""
+    return {path: info.size for path, info in source.files().items()}
 
 
 def publish_bytes(plan: Plan, sizes: Mapping[str, int], adapter: int) -> int:

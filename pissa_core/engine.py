@@ -16,7 +16,7 @@ from typing import cast
 from pissa_core.adapters.disk import disk_errors
 from pissa_core.admission import check_plan, is_elsewhere, traffic_of
 from pissa_core.assembly import publication
-from pissa_core.budgets import publish_bytes
+from pissa_core.budgets import publish_bytes, sizes_of
 from pissa_core.decompose import decompose
 from pissa_core.errors import (
     CheckpointError,
@@ -201,8 +201,7 @@ def publish(
         contents = folded_publication if plan.fold else publication
         with traffic_of(runtime, sink).passage("") as way:
             if is_elsewhere(sink):
-                sizes = {path: info.size for path, info in source.files().items()}
-                needed = publish_bytes(plan, sizes, plan.estimate.adapter)
+                needed = publish_bytes(plan, sizes_of(source), plan.estimate.adapter)
                 yield from way.to_disk(needed, sink.publishing_folder)
             sink.publish(contents(plan, source, sink, seals))
     yield Published(sink.ref, json.loads(sink.published() or b"{}"))

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pissa_core.budgets import publish_bytes
+from pissa_core.budgets import publish_bytes, sizes_of
 from pissa_core.division import MAX_SHARD_SIZE, fit_to_disk
 from pissa_core.layout import Layout, read_layout
 from pissa_core.plan import IN_FLIGHT, Estimate, Matrix, Plan, ShardPlan
@@ -83,7 +83,7 @@ def make_plan(
     plan, scratch_budget = fit_to_disk(
         plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size, scratch=scratch
     )
-    sizes = {path: info.size for path, info in source.files().items()}
+    sizes = sizes_of(source)
     cost = estimate(
         plan,
         sizes,

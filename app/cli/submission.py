@@ -16,7 +16,7 @@ from app.cli.http import Service
 from app.cli.options import config_options, json_option, max_shard_size_option, settings
 from app.cli.outputs import output_options, refuse, required_output
 from app.cli.to_lora import lora_options
-from pissa_core.refs import HubRef, parse_ref
+from pissa_core.refs import HubRef, Ref, parse_ref
 from pissa_core.spec import parse_config
 from worker.contract import KINDS
 
@@ -107,14 +107,13 @@ def _references(kind: str, refs: Mapping[str, str | None]) -> dict[str, str]:
     for name, ref in given.items():
         if name not in (*_NEEDED[kind], *_OPTIONAL.get(kind, ())):
             raise click.UsageError(f"--kind {kind} has no {_spelled(name)}")
-        parse_ref(ref)
-        _note_folder(ref)
+        _note_folder(ref, parse_ref(ref))
     return given
 
 
-def _note_folder(named: str) -> None:
+def _note_folder(named: str, ref: Ref) -> None:
     """Tell someone who wrote ``model`` and meant the folder here what the service will take."""
-    if parse_ref(named) == HubRef(named) and Path(named).is_dir():
+    if ref == HubRef(named) and Path(named).is_dir():
         click.echo(
             f"note: {named} is asked of the Hub; a folder of the service's is ./{named}, below its "
             "PISSA_LOCAL_ROOT",

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pissa_core.budgets import sizes_of
 from pissa_core.division import MAX_SHARD_SIZE, fit_to_disk
 from pissa_core.errors import PissaError, error_from
 from pissa_core.fold.adapter import Adapter, read_adapter
@@ -107,9 +108,9 @@ def make_fold_plan(
     plan, scratch_budget = fit_to_disk(
         plan, layout, disk_budget=disk_budget, max_shard_size=max_shard_size, scratch=scratch
     )
-    sizes = {path: info.size for path, info in residual.files().items()}
     limits = _Limits(slots or usable_cores(), memory_budget, scratch_budget)
-    return dataclasses.replace(plan, estimate=_estimate(plan, sizes, limits))
+    cost = _estimate(plan, sizes_of(residual), limits)
+    return dataclasses.replace(plan, estimate=cost)
 
 
 def fold_bytes(plan: Plan, matrix: Matrix) -> int:
