@@ -1,7 +1,9 @@
 """A file that is patched in any order: checksum and disk follow while the work goes on.
 
 Done at the end, the checksum of a 5 GB shard takes seconds on one core while the others have
-nothing to do, and the disk gets everything at once.
+nothing to do, and the disk gets everything at once. What is on the disk is let go of in memory, so
+that a shard is written through the same few pages: new ones for every byte push out what others
+hold there, and where a host has yet to find them for its guest cost several times the writing.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pissa_core.openfile import CHUNK
 from pissa_core.ports import ByteRange, FileInfo
 from pissa_core.tensorfile import PatchFile
 
-_SYNC_EVERY = 256 << 20
+# Bytes after which what is written goes to the disk, and out of memory.
+_SYNC_EVERY = 64 << 20
 
 
 class Settling:
@@ -67,4 +70,8 @@ class Settling:
             self._position += len(piece)
             if self._position - self._synced >= _SYNC_EVERY:
                 self._synced = self._position
-                self._syncs.append(self._syncer.submit(self._file.sync))
+                self._syncs.append(self._syncer.submit(self._settle, self._position))
+
+    def _settle(self, stop: int) -> None:
+        self._file.sync()
+        self._file.let_go(stop)

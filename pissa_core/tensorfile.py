@@ -145,6 +145,11 @@ class PatchFile:
         """Return once everything written is on the disk."""
         os.fsync(self._fd)
 
+    def let_go(self, stop: int) -> None:
+        """Have the system keep no byte before `stop` in memory, if it is on the disk."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, 0, stop, os.POSIX_FADV_DONTNEED)
+
 
 def concatenate(header: Header, bodies: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
     """Yield a whole file: the header, then each body in turn."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import itertools
+import mmap
 import random
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +49,40 @@ def test_a_file_that_ends_too_soon_is_an_error(tmp_path):
         with pytest.raises(EOFError):
             settling.finish()
         settling.close()
+
+
+def test_what_is_on_the_disk_is_let_go_of_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("pissa_core.settling._SYNC_EVERY", CHUNK)
+    size, step = 8 * CHUNK, CHUNK // 2
+    with PatchFile(tmp_path / "file", create_size=size) as file:
+        settling = Settling(file, size, [(at, at + step) for at in range(0, size, step)])
+        for at in range(0, size, step):
+            file.write(at, b"x" * step)
+            settling.done(at)
+        assert settling.finish().sha256 == hashlib.sha256(b"x" * size).hexdigest()
+        settling.close()
+    if not _lets_go(tmp_path):
+        pytest.skip("this file system is in memory")
+    assert _resident(tmp_path / "file") <= size // 2
+
+
+def _lets_go(folder: Path) -> bool:
+    with PatchFile(folder / "other", create_size=CHUNK) as file:
+        file.write(0, bytes(CHUNK))
+        file.sync()
+        file.let_go(CHUNK)
+    return _resident(folder / "other") == 0
+
+
+def _resident(path: Path) -> int:
+    """Return how many bytes of a file are in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        pages = (ctypes.c_ubyte * (len(mapped) // mmap.PAGESIZE))()
+        start = ctypes.c_char.from_buffer(mapped)
+        try:
+            where = ctypes.c_void_p(ctypes.addressof(start))
+            assert libc.mincore(where, ctypes.c_size_t(len(mapped)), pages) == 0
+        finally:
+            del start
+    return mmap.PAGESIZE * sum(page & 1 for page in pages)
