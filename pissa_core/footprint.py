@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pissa_core.svd.narrow import FRESH, FRESH_STEPS, fits_narrow, narrow_capacity
+from pissa_core.svd.forms import Plain
+from pissa_core.svd.narrow import fits_narrow, narrow_capacity
 from pissa_core.svd.operator import GPU_PANEL_BYTES, GRAM_PANEL, PANEL_BYTES
 from pissa_core.svd.routes import fits_krylov, krylov_shape, oversampling
+from pissa_core.svd.space import FRESH
 
 _SLACK = 16 << 20  # kernels oneDNN compiles, buffers of BLAS, what the allocator holds back
 
@@ -59,7 +61,7 @@ def _auto(m: int, n: int, r: int, dtype_bytes: int) -> int:
     basis = 4 * d * (shape.capacity + 8 * shape.block) + 48 * shape.capacity**2
     if fits_narrow(d, r):
         k = narrow_capacity(d, r)
-        basis = max(basis, 4 * d * (k + FRESH * FRESH_STEPS + 8 * shape.block) + 48 * k * k)
+        basis = max(basis, 4 * d * (k + FRESH * Plain.look + 8 * shape.block) + 48 * k * k)
     return max(basis + _gram(d, D), lift)
 
 

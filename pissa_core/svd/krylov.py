@@ -44,23 +44,16 @@ class Ritz:
     Attributes:
         values: (k,) float64, descending, of the whole last basis.
         vectors: (p, d) float32, orthonormal rows, of the p leading ones, p > rank.
-        newest: (b, d) float32, orthonormal rows in which the residuals lie.
-        couplings: (b, p) float64, the residuals in those coordinates, as columns.
+        residuals: (p, d) float32, G v - theta v of each vector.
         missed: what `svd.missing` says of these.
         steps: products with the operator that were taken.
     """
 
     values: Tensor
     vectors: Tensor
-    newest: Tensor
-    couplings: Tensor
+    residuals: Tensor
     missed: float
     steps: int
-
-    @property
-    def residuals(self) -> Tensor:
-        """G v - theta v of each vector, (block, d) float32, as the recurrence has it."""
-        return torch.mm(self.couplings.t().float(), self.newest)
 
 
 def leading_eigenpairs(
@@ -118,7 +111,8 @@ def leading_eigenpairs(
             enough = missed <= tolerance and confirmed and step >= LEAST_STEPS
             if enough or step >= shape.max_steps:
                 vectors = torch.mm(S[:, :b].t().float(), K[:k])
-                return Ritz(values, vectors, Q, couplings[:, :b], missed, step)
+                residuals = torch.mm(couplings[:, :b].t().float(), Q)
+                return Ritz(values, vectors, residuals, missed, step)
             before, solved_at = latest, step
             solve_at = step + _steps_until(latest, tolerance, k)
         if full:
@@ -136,11 +130,14 @@ def random_start(block: int, d: int, generator: Generator, device: torch.device)
     return orthonormal_rows(torch.randn(block, d, generator=generator).to(device), generator)[0]
 
 
-def solve_small(T: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues of T (float64, descending) and its eigenvectors as columns."""
+def solve_small(T: Tensor, rank: int, *, graded: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of T (float64, descending) and its eigenvectors as columns.
+
+    Solved in float64 where it is small, or `graded`, as its diagonal may tell, too.
+    """
     small = len(T) <= _DOUBLE_UP_TO
     diagonal = T.diagonal().sort(descending=True).values
-    graded = not small and float(diagonal[rank - 1]) < GRADED * float(diagonal[0])
+    graded |= not small and float(diagonal[rank - 1]) < GRADED * float(diagonal[0])
     values, S = torch.linalg.eigh(T if small or graded else T.float())
     return values.flip(0).double(), S.flip(1)
 

@@ -92,9 +92,18 @@ def beyond_ceiling(
     total = float(values[:rank].clamp(min=0).sum())
     if total == 0.0:
         return 0.0
+    optimum = float(reach(values, couplings, rank, head, ceiling).clamp(min=0).sum())
+    return max(0.0, 1 - total / optimum)
+
+
+def reach(values: Tensor, couplings: Tensor, rank: int, head: int, ceiling: float) -> Tensor:
+    """Bound each of the r largest eigenvalues of G from above; arguments as `beyond_ceiling`.
+
+    Returns:
+        (r,) float64, descending.
+    """
     delta = _above_the_rest(values[head:], couplings[:, head:], ceiling)
-    share = max(0.0, _gain(values, couplings, rank, head, delta) / total)
-    return share / (1 + share)
+    return _reached(values, couplings, rank, head, delta)
 
 
 def _above_the_rest(rest: Tensor, couplings: Tensor, ceiling: float) -> float:
@@ -112,6 +121,12 @@ def _above_the_rest(rest: Tensor, couplings: Tensor, ceiling: float) -> float:
 
 def _gain(values: Tensor, L: Tensor, rank: int, head: int, delta: float) -> float:
     """Return by how much the sum of r eigenvalues could exceed that of the Ritz values."""
+    reached = _reached(values, L, rank, head, delta)
+    return float(reached.clamp(min=0).sum() - values[:rank].clamp(min=0).sum())
+
+
+def _reached(values: Tensor, L: Tensor, rank: int, head: int, delta: float) -> Tensor:
+    """Return what the r largest eigenvalues could be, where no other is above delta."""
     bordered = torch.diag(torch.cat([values[:head], values.new_full((len(L),), delta)]))
     bordered[head:, :head] = L[:, :head]
     if values[rank - 1] > delta:
@@ -120,8 +135,7 @@ def _gain(values: Tensor, L: Tensor, rank: int, head: int, delta: float) -> floa
         bordered[head:, head:] -= (L[:, head:] * weights) @ L[:, head:].t()
     reached = torch.linalg.eigvalsh(bordered)  # asks the lower triangle alone
     # Outside these there may be delta as often as one likes.
-    reached = torch.cat([reached, values.new_full((rank,), delta)]).topk(rank).values
-    return float(reached.clamp(min=0).sum() - values[:rank].clamp(min=0).sum())
+    return torch.cat([reached, values.new_full((rank,), delta)]).topk(rank).values
 
 
 def may_hide_members(values: Tensor, rank: int, block: int) -> bool:

@@ -18,8 +18,12 @@ NOISE = 1.9e-7
 # The same where only the Gram matrix was formed roughly, its products are not.
 GRAM_NOISE = 1e-7
 ROOM = 4  # times what roundings are expected to cost must be allowed
-_FEW = 6  # times the rank: vectors that a narrow block needs
-_SKINNY = 1.3  # by which rough products of so few rows fall behind their full speed
+# Products that a narrow block takes, in multiples of the rank, and those around them: to look at
+# the spectrum, outside the space, and at the result.
+_SQUARES, _AROUND = 6.5, 350
+_PLAIN, _LOOK = 6.25, 60
+_SKINNY = 1.2  # by which products of 32 rows fall behind full speed; with rough ones all is lost
+_ROUGH_GRAM = 0.58  # what a Gram matrix costs in bfloat16
 EXPECTED_STEPS = 9
 _PATIENCE = 300  # a flat bulk of 2048 takes 25 steps; nothing met so far took a hundred
 _NARROWEST = 16
@@ -54,18 +58,26 @@ def products_for_few(
 ) -> tuple[Products, float]:
     """Choose the cheapest products for `few_eigenpairs`; also return what their roundings cost.
 
-    Flops, in float32's price: 4 D d a vector from W, 2 d^2 from the Gram matrix, which costs
-    1.1 D d^2 once; rough ones half of that, and 2 D d (r + 2 oversampling) to refine the result.
+    Flops, in float32's price at full speed: 4 D d a product with W, 2 d^2 with the Gram matrix,
+    which costs 1.1 D d^2 once, or half of that roughly; 10 d k^2 for Gram-Schmidt and the small
+    problem of k vectors; and to refine what is rough. Rough products with W are of no matrix at
+    all, since each vector is rounded anew: a `Square` of them would drown in that, and twice the
+    vectors are needed.
     """
     D, d = operator.long, operator.short
-    vectors = _FEW * rank
-    direct, gram, from_gram = 4 * D * d * vectors, 1.1 * D * d * d, 2 * d * d * vectors
-    ways = [(direct, 0.0, False, False), (gram + from_gram, 0.0, False, True)]
+    with_squares = _SQUARES * rank + _AROUND
+    square, plain = 10 * d * (_SQUARES / 2 * rank) ** 2, 10 * d * (_PLAIN * rank) ** 2
+    gram, from_gram = 1.1 * D * d * d, _SKINNY * 2 * d * d * with_squares + square
+    ways = [
+        (_SKINNY * 4 * D * d * with_squares + square, 0.0, False, False),
+        (gram + from_gram, 0.0, False, True),
+    ]
     if may_be_rough:
-        refining = 2 * D * d * (rank + 2 * oversampling(rank))
+        refining = 3 * D * d * (rank + 2 * oversampling(rank))
+        direct = _SKINNY * 4 * D * d * (_PLAIN * rank + _LOOK) + plain
         ways += [
-            (direct * _SKINNY / 2 + refining, NOISE * rank, True, False),
-            (gram / 2 + from_gram + refining, GRAM_NOISE * rank, True, True),
+            (direct + refining, NOISE * rank, True, False),
+            (_ROUGH_GRAM * gram + from_gram + refining, GRAM_NOISE * rank, True, True),
         ]
     _, noise, roughly, form = min(way for way in ways if ROOM * way[1] <= tolerance)
     G = operator.gram(roughly=roughly) if form else None
@@ -87,6 +99,11 @@ class Products:
     spent: float = 0.0
     may_form: bool = True
     roughly: bool = False
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether these are products of one matrix, as rough ones with W are not."""
+        return self.gram is not None or not self.roughly
 
     @property
     def method(self) -> str:

@@ -187,6 +187,7 @@ def _by_few(
             tolerance=(math.sqrt(tolerance) - math.sqrt(noise)) ** 2,
             generator=generator,
             device=operator.W.device,
+            symmetric=products.symmetric,
         )
         method, products.gram = products.method, None
         if found is None:

@@ -15,10 +15,11 @@ from pissa_core.certify import certify
 from pissa_core.svd import RESOLUTION, truncated_svd
 from pissa_core.svd.krylov import Ritz, random_start
 from pissa_core.svd.missing import beyond_ceiling
-from pissa_core.svd.narrow import BLOCK, _Space, few_eigenpairs, fits_narrow, narrow_capacity
+from pissa_core.svd.narrow import BLOCK, few_eigenpairs, fits_narrow, narrow_capacity
 from pissa_core.svd.operator import Operator
 from pissa_core.svd.orth import orthonormal_rows, split_off
 from pissa_core.svd.routes import fits_krylov, products_for_few
+from pissa_core.svd.space import Space
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +29,13 @@ EPS = torch.finfo(torch.float32).eps
 SEEN = ("fast decay", "slow decay", "harmonic", "heavy tail over a bulk", "rank one")
 
 
-def few(theta: torch.Tensor, rank: int, tolerance: float = 1e-4, seed: int = 0) -> Ritz | None:
+def few(
+    theta: torch.Tensor,
+    rank: int,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+    symmetric: bool = True,
+) -> Ritz | None:
     """Ask for the leading eigenpairs of diag(theta)."""
     values = theta.float()
     generator = torch.Generator().manual_seed(seed)
@@ -40,12 +47,15 @@ def few(theta: torch.Tensor, rank: int, tolerance: float = 1e-4, seed: int = 0) 
         tolerance=tolerance,
         generator=generator,
         device=CPU,
+        symmetric=symmetric,
     )
 
 
-def truth_over_said(theta: torch.Tensor, rank: int, tolerance: float, seed: int) -> float:
+def truth_over_said(
+    theta: torch.Tensor, rank: int, tolerance: float, seed: int, symmetric: bool = True
+) -> float:
     """Return what is missing over what is said to be; 0 where nothing is said."""
-    found = few(theta, rank, tolerance, seed)
+    found = few(theta, rank, tolerance, seed, symmetric)
     if found is None:
         return 0.0
     assert found.missed <= tolerance
@@ -101,8 +111,9 @@ def test_what_a_narrow_block_sees_and_what_it_leaves(spectrum: str) -> None:
     floor=st.sampled_from([0.01, 0.5, 0.9]),
     tolerance=st.sampled_from([1e-2, 1e-3, 1e-5]),
     seed=st.integers(0, 2**32),
+    symmetric=st.booleans(),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_clusters_wider_than_the_block(
     rank: int,
     above: int,
@@ -112,6 +123,7 @@ def test_clusters_wider_than_the_block(
     floor: float,
     tolerance: float,
     seed: int,
+    symmetric: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     theta = floor * level * torch.rand(12 * rank, generator=generator, dtype=torch.float64)
@@ -119,12 +131,12 @@ def test_clusters_wider_than_the_block(
     theta[above : above + members] = 1 + spread * torch.rand(members, generator=generator)
     theta[above + members : above + members + 40] = level
     theta = theta.sort(descending=True).values
-    assert truth_over_said(theta / theta[0], rank, tolerance, seed) <= 1
+    assert truth_over_said(theta / theta[0], rank, tolerance, seed, symmetric) <= 1
 
 
-@pytest.mark.parametrize("rank", [41, 64, 110])
-def test_no_climb_to_worse_clusters_finds_a_false_bound(rank: int) -> None:
-    # Longer climbs, of 5000 runs, came no nearer than 0.97.
+@pytest.mark.parametrize(("rank", "symmetric"), [(41, True), (64, False), (110, True)])
+def test_no_climb_to_worse_clusters_finds_a_false_bound(rank: int, symmetric: bool) -> None:
+    # Longer climbs, of 5000 runs of each form, came no nearer than 0.998.
     draw = random.Random(rank)
     worst, kept = 0.0, (40.0, 3e-3, 1.0, 0.9, 0.2)  # members, spread, crowding, next level, floor
     for _ in range(25):
@@ -135,17 +147,18 @@ def test_no_climb_to_worse_clusters_finds_a_false_bound(rank: int) -> None:
         rest = 12 * rank - len(cluster) - len(lower)
         bulk = min(floor, 0.95) * torch.linspace(1, 0.5, rest, dtype=torch.float64)
         theta = torch.cat([cluster, lower, bulk]).sort(descending=True).values
-        share = max(truth_over_said(theta, rank, 1e-3, draw.randrange(2**32)) for _ in range(2))
+        seeds = draw.sample(range(2**32), 2)
+        share = max(truth_over_said(theta, rank, 1e-3, seed, symmetric) for seed in seeds)
         assert share <= 1, (members, spread, power, level, floor)
         if share > worst:
             worst, kept = share, (members, spread, power, level, floor)
 
 
-def grown(theta: torch.Tensor, size: int, seed: int = 0) -> _Space:
+def grown(theta: torch.Tensor, size: int, seed: int = 0) -> Space:
     """Return the Krylov space of diag(theta) of that many vectors."""
     generator = torch.Generator().manual_seed(seed)
     start = random_start(BLOCK, len(theta), generator, CPU)
-    space = _Space(lambda X: X * theta.float(), start, size // 4, generator)
+    space = Space(lambda X: X * theta.float(), start, 2 * size, generator, look=6)
     space.expand_to(size)
     return space
 
@@ -262,7 +275,7 @@ def test_the_basis_has_room() -> None:
 
 @pytest.mark.usefixtures("bfloat16_products")
 def test_the_cheapest_products_are_chosen() -> None:
-    square, tall = torch.randn(600, 600).bfloat16(), torch.randn(6000, 600).bfloat16()
+    square, tall = torch.randn(1500, 1500).bfloat16(), torch.randn(6000, 600).bfloat16()
     for W, rough, tolerance, want in (
         (square, False, 1e-4, ("krylov", False)),
         (square, True, 1e-2, ("krylov", True)),
