@@ -137,7 +137,10 @@ def run_shard(
         yield from way.to_line()
         folding = _folding(plan, beside)
         replace = None if folding is None else partial(folding.replace, source, work)
-        with open_workbench(attempt.folder, plan, work, source, replace=replace) as bench:
+        uploaded = is_elsewhere(sink)
+        with open_workbench(
+            attempt.folder, plan, work, source, replace=replace, read_again=uploaded
+        ) as bench:
             yield ShardStarted(shard, count, len(bench.rows))
             rows = dict(bench.rows)
             for matrix in work.matrices:

@@ -17,7 +17,7 @@ from pissa_core.openfile import CHUNK
 from pissa_core.ports import ByteRange, FileInfo
 from pissa_core.tensorfile import PatchFile
 
-# Bytes after which what is written goes to the disk, and out of memory.
+# Bytes after which what is written goes to the disk and out of memory.
 _SYNC_EVERY = 64 << 20
 
 
@@ -27,8 +27,16 @@ class Settling:
     Call `done` after each range is written, from any thread, and `finish` when all are.
     """
 
-    def __init__(self, file: PatchFile, size: int, unwritten: Iterable[ByteRange]) -> None:
-        self._file, self._size = file, size
+    def __init__(
+        self,
+        file: PatchFile,
+        size: int,
+        unwritten: Iterable[ByteRange],
+        *,
+        read_again: bool = False,
+    ) -> None:
+        """Begin; `read_again` keeps in memory what is soon read, as by an upload."""
+        self._file, self._size, self._read_again = file, size, read_again
         self._unwritten = {start for start, _ in unwritten}
         self._lock = threading.Lock()
         self._digest, self._position, self._synced = hashlib.sha256(), 0, 0
@@ -74,4 +82,5 @@ class Settling:
 
     def _settle(self, stop: int) -> None:
         self._file.sync()
-        self._file.let_go(stop)
+        if not self._read_again:
+            self._file.let_go(stop)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,9 +147,10 @@ class PatchFile:
         os.fsync(self._fd)
 
     def let_go(self, stop: int) -> None:
-        """Have the system keep no byte before `stop` in memory, if it is on the disk."""
+        """Ask the system to keep no byte before `stop` in memory that is on the disk."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, 0, stop, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # advice, of which some file systems know nothing
+                os.posix_fadvise(self._fd, 0, stop, os.POSIX_FADV_DONTNEED)
 
 
 def concatenate(header: Header, bodies: Iterable[Iterable[bytes]]) -> Iterator[bytes]:

@@ -97,6 +97,8 @@ class Workbench:
         copy: PatchFile,
         part: PatchFile,
         journal: Journal,
+        *,
+        read_again: bool,
     ) -> None:
         self._shard = shard
         self._source = source
@@ -106,7 +108,7 @@ class Workbench:
         self._journal = journal
         self.rows = self._verified_rows()
         unwritten = [(m.start, m.stop) for m in shard.matrices if m.tensor not in self.rows]
-        self.settling = Settling(copy, shard.size, unwritten)
+        self.settling = Settling(copy, shard.size, unwritten, read_again=read_again)
 
     def original(
         self, matrix: Matrix, *, pinned: bool = False, memory: Tensor | None = None
@@ -188,6 +190,7 @@ def open_workbench(
     source: CheckpointSource,
     *,
     replace: Callable[[PatchFile], None] | None = None,
+    read_again: bool = False,
 ) -> Iterator[Workbench]:
     """Lay out an attempt's scratch folder, or take up what a dead attempt left in it.
 
@@ -197,6 +200,7 @@ def open_workbench(
         shard: the part of it that is done here.
         source: the checkpoint.
         replace: writes into the private copy what takes the place of tensors other than targets.
+        read_again: whether the finished copy is soon read, so that memory should hold it.
     """
     header = make_header(part_entries(plan, shard))
     if not _can_go_on(folder, shard, header):
@@ -204,7 +208,7 @@ def open_workbench(
     journal = Journal(folder / "journal")
     try:
         with PatchFile(folder / "shard") as copy, PatchFile(folder / "part") as part:
-            bench = Workbench(shard, source, header, copy, part, journal)
+            bench = Workbench(shard, source, header, copy, part, journal, read_again=read_again)
             try:
                 yield bench
             finally:

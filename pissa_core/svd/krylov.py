@@ -42,10 +42,10 @@ class Ritz:
     """The leading Ritz pairs.
 
     Attributes:
-        values: (k,) float64, descending, of the whole last basis.
+        values: float64, descending, p of them or more.
         vectors: (p, d) float32, orthonormal rows, of the p leading ones, p > rank.
         residuals: (p, d) float32, G v - theta v of each vector.
-        missed: what `svd.missing` says of these.
+        missed: what `could_be_missing`, or `few_eigenpairs`, says of the leading ones.
         steps: products with the operator that were taken.
     """
 
@@ -133,7 +133,7 @@ def random_start(block: int, d: int, generator: Generator, device: torch.device)
 def solve_small(T: Tensor, rank: int, *, graded: bool = False) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of T (float64, descending) and its eigenvectors as columns.
 
-    Solved in float64 where it is small, or `graded`, as its diagonal may tell, too.
+    In float64 where it is small or graded: that is, `graded` says so, or its diagonal shows it.
     """
     small = len(T) <= _DOUBLE_UP_TO
     diagonal = T.diagonal().sort(descending=True).values

@@ -72,10 +72,8 @@ def could_be_missing(
     return share / (1 + share)
 
 
-def beyond_ceiling(
-    values: Tensor, couplings: Tensor, rank: int, head: int, ceiling: float
-) -> float:
-    """Bound the share that r Ritz pairs miss, given the largest eigenvalue of G outside the basis.
+def reach(values: Tensor, couplings: Tensor, rank: int, head: int, ceiling: float) -> Tensor:
+    """Bound each of the r largest eigenvalues of G, given the largest of G outside the basis.
 
     As in `could_be_missing`, but delta is no hypothesis: from H <= ceiling it follows that G is
     at most delta outside the h leading Ritz vectors as soon as
@@ -84,23 +82,12 @@ def beyond_ceiling(
 
     whatever h is; the smallest such delta is found by bisection.
 
-    Shapes   values (k,) descending, rank <= head < k; couplings (b, k) as in `could_be_missing`.
-    Error    **a bound, given the ceiling**, of what a Krylov space of exact products misses.
+    Shapes   values (k,) descending, rank <= head < k; couplings (b, k) as in `could_be_missing`;
+             returned (r,) float64, descending.
+    Error    **a bound, given the ceiling**, of any symmetric G, of which values and couplings hold
+             exactly.
     Cost     a problem of head + b, and a dozen of b.
     Source   as `could_be_missing`; Schur complement: Horn, Johnson 2013, "Matrix Analysis", 7.7.
-    """
-    total = float(values[:rank].clamp(min=0).sum())
-    if total == 0.0:
-        return 0.0
-    optimum = float(reach(values, couplings, rank, head, ceiling).clamp(min=0).sum())
-    return max(0.0, 1 - total / optimum)
-
-
-def reach(values: Tensor, couplings: Tensor, rank: int, head: int, ceiling: float) -> Tensor:
-    """Bound each of the r largest eigenvalues of G from above; arguments as `beyond_ceiling`.
-
-    Returns:
-        (r,) float64, descending.
     """
     delta = _above_the_rest(values[head:], couplings[:, head:], ceiling)
     return _reached(values, couplings, rank, head, delta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 
 import torch
 from torch import Generator, Tensor
@@ -13,7 +14,7 @@ from pissa_core.svd.missing import reach
 from pissa_core.svd.space import Space
 
 BLOCK = 32
-_LEAST = 20 * BLOCK
+_LEAST = 80  # a rank for which as many vectors are held as for smaller ones
 
 
 def fits_narrow(d: int, rank: int) -> bool:
@@ -23,7 +24,7 @@ def fits_narrow(d: int, rank: int) -> bool:
 
 def narrow_capacity(d: int, rank: int, most: int = Plain.most) -> int:
     """Return how many vectors the basis may hold, about `most` times the rank."""
-    return min(max(most * rank, _LEAST), d // 2) // BLOCK * BLOCK
+    return min(most * max(rank, _LEAST), d // 2) // BLOCK * BLOCK
 
 
 def few_eigenpairs(
@@ -53,7 +54,7 @@ def few_eigenpairs(
     Error    `reach` bounds the optimum, given the ceiling, which is an estimate; what is captured
              lacks of that, with `by_rounding`, a share <= tolerance. None where
              `narrow_capacity` vectors do not reach that: spectra flat at theta_r, clusters wider
-             than the block, a few values far above all others.
+             than the block; or where a few values stand too far above all others.
     Random   the start, the fresh vectors, and directions for dependent ones: from `generator`.
     Cost     k vectors, 3.25 times the rank: 2 k products, 2 d k^2 flops of Gram-Schmidt, one or
              two problems of size k in float64; a look at the spectrum before, and one outside the
@@ -63,8 +64,22 @@ def few_eigenpairs(
              the logarithm of gaps); the rest as `leading_eigenpairs`.
     """
     start = random_start(BLOCK, d, generator, device)
-    form = best_form(apply, start, rank, tolerance, generator) if symmetric else Plain(apply)
-    capacity = narrow_capacity(d, rank, form.most)
+    plain = Plain(apply)
+    form = best_form(apply, start, rank, tolerance, generator) if symmetric else plain
+    for tried in dict.fromkeys((form, plain)):
+        with suppress(_Unresolved):
+            return _search(tried, start, rank, extra, tolerance, generator)
+    return None
+
+
+class _Unresolved(Exception):
+    """A form cannot tell theta_r from what is below, with however many vectors."""
+
+
+def _search(
+    form: Form, start: Tensor, rank: int, extra: int, tolerance: float, generator: Generator
+) -> Ritz | None:
+    capacity = narrow_capacity(start.shape[1], rank, form.most)
     space = Space(form.apply, start, capacity, generator, look=form.look)
     usual = round((form.usual - form.decade * math.log10(tolerance / 1e-4)) * rank)
     wished = min(max(usual, 2 * rank + BLOCK), capacity)
@@ -72,8 +87,8 @@ def few_eigenpairs(
         space.expand_to(wished)
         values, S, couplings = space.ritz(rank, graded=form.graded)
         rounded = form.by_rounding(form.back(values), rank)
-        if rounded > tolerance:
-            return None
+        if not rounded <= tolerance or float(values[rank - 1]) < form.least:
+            raise _Unresolved
         optimum = _optimum(form, space, values, couplings, rank, tolerance - rounded)
         missed = rounded + _share(float(form.back(values[:rank]).sum()), optimum)
         if missed <= tolerance:
@@ -105,4 +120,6 @@ def _optimum(
 
 
 def _share(captured: float, optimum: float) -> float:
-    return max(0.0, 1 - captured / optimum) if optimum > 0 else 0.0
+    # Of what is no number, all is missing.
+    known = optimum > 0 and math.isfinite(captured)
+    return max(0.0, 1 - captured / optimum) if known else 1.0

@@ -16,8 +16,9 @@ GPU_PANEL_BYTES = 256 << 20  # few launches, and still little of the device's me
 GRAM_PANEL = 1024
 GRAM_BLOCK = 512
 GPU_GRAM_PANEL = 2048
-# Squares of entries neither overflow nor vanish in float32 while ||W||_F lies between these.
-SAFE_NORMS = (2.0**-30, 2.0**30)
+# While ||W||_F lies between these, sigma_1^8 neither overflows nor vanishes in float32: squares of
+# the rows that (W^T W)^2 makes.
+SAFE_NORMS = (2.0**-15, 2.0**15)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pissa_core.svd.forms import Plain, Square
 from pissa_core.svd.krylov import Shape
 from pissa_core.svd.operator import Operator
 from pissa_core.svd.products import times_transposed
@@ -18,11 +19,11 @@ NOISE = 1.9e-7
 # The same where only the Gram matrix was formed roughly, its products are not.
 GRAM_NOISE = 1e-7
 ROOM = 4  # times what roundings are expected to cost must be allowed
-# Products that a narrow block takes, in multiples of the rank, and those around them: to look at
-# the spectrum, outside the space, and at the result.
-_SQUARES, _AROUND = 6.5, 350
-_PLAIN, _LOOK = 6.25, 60
-_SKINNY = 1.2  # by which products of 32 rows fall behind full speed; with rough ones all is lost
+# Products that a narrow block takes beside those of its basis: to look at the spectrum, outside the
+# space, and at the result. These, and what follows, fit the times of matrices of 2048 and
+# 5632 x 2048 at ranks 44 to 128.
+_AROUND, _LOOK = 350, 60
+_SKINNY = 1.2  # by which products of 32 rows fall behind full speed, rough ones behind float32's
 _ROUGH_GRAM = 0.58  # what a Gram matrix costs in bfloat16
 EXPECTED_STEPS = 9
 _PATIENCE = 300  # a flat bulk of 2048 takes 25 steps; nothing met so far took a hundred
@@ -65,8 +66,8 @@ def products_for_few(
     vectors are needed.
     """
     D, d = operator.long, operator.short
-    with_squares = _SQUARES * rank + _AROUND
-    square, plain = 10 * d * (_SQUARES / 2 * rank) ** 2, 10 * d * (_PLAIN * rank) ** 2
+    with_squares = 2 * Square.usual * rank + _AROUND
+    square, plain = (10 * d * (form.usual * rank) ** 2 for form in (Square, Plain))
     gram, from_gram = 1.1 * D * d * d, _SKINNY * 2 * d * d * with_squares + square
     ways = [
         (_SKINNY * 4 * D * d * with_squares + square, 0.0, False, False),
@@ -74,7 +75,7 @@ def products_for_few(
     ]
     if may_be_rough:
         refining = 3 * D * d * (rank + 2 * oversampling(rank))
-        direct = _SKINNY * 4 * D * d * (_PLAIN * rank + _LOOK) + plain
+        direct = _SKINNY * 4 * D * d * (Plain.usual * rank + _LOOK) + plain
         ways += [
             (direct + refining, NOISE * rank, True, False),
             (_ROUGH_GRAM * gram + from_gram + refining, GRAM_NOISE * rank, True, True),

@@ -72,8 +72,8 @@ def truncated_svd(
              power of two where the squares of W would overflow or vanish; results float32.
     Error    ``exact``: backward stable. ``lowrank``: what `torch.svd_lowrank` gives. ``auto``: the
              share of the optimal energy sum_{i<=r} sigma_i^2 that is missing is at most `tolerance`
-             by the estimate of `could_be_missing`, which is no bound, or by `beyond_ceiling`, which
-             is one given a ceiling, itself an estimate; RESOLUTION is counted in. Below twice
+             by the estimate of `could_be_missing`, which is no bound, or by `reach`, which is one
+             given a ceiling, itself an estimate; RESOLUTION is counted in. Below twice
              RESOLUTION, where float32 sums of squares say nothing, ``auto`` takes ``exact``.
              Single vectors inside a cluster around sigma_r are not determined by this, and need
              not be.
@@ -225,8 +225,8 @@ def _refined(
 ) -> TruncatedSvd | None:
     """Turn Ritz vectors of rough products into triplets in float32, if they miss little enough.
 
-    The residuals of the triplets are measured. They are those of the recurrence, of which
-    `found.missed` tells, and what rounding added, of which `could_be_missing` tells.
+    The residuals of the triplets are measured. They are those that the rough products left, of
+    which `found.missed` tells, and what rounding added, of which `could_be_missing` tells.
 
     Shapes   W as `operator` has it, not scaled; found.vectors (b, d), b > rank; triplets as in
              `TruncatedSvd`, residuals (rank,). None where more is missing than `tolerance`.

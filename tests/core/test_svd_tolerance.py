@@ -118,6 +118,17 @@ def test_a_power_of_two_changes_nothing(exponent: int, method: str) -> None:
     assert found.norm / float(scale) == pytest.approx(plain.norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("exponent", [-40, -20, 14, 20, 29, 40])
+def test_a_power_of_two_changes_nothing_where_products_are_squared(exponent: int) -> None:
+    # The rows of a product with (W^T W - c)^2 are as long as sigma_1^4, and are squared again.
+    W = SPECTRA["slow decay"](800, 740, 44).float()
+    scale = 2.0**exponent
+    plain, found = solve(W, 44), solve(W * scale, 44)
+    torch.testing.assert_close(found.S / scale, plain.S, rtol=2e-5, atol=0)
+    assert missed_energy(W * scale, found.U, found.S, found.Vt) <= certified(W * scale, found)
+    assert certified(W * scale, found) <= 1e-4
+
+
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30, 1e36, 1e-42])
 def test_magnitudes_at_the_ends_of_float32(magnitude: float) -> None:
     signs = torch.randn(400, 420, generator=torch.Generator().manual_seed(2)).sign()
