@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,8 @@ def _missed(captured: float, optimum: float) -> float:
     # A zero matrix has no energy to miss.
     if optimum == 0.0:
         return 0.0
-    return min(1.0, max(0.0, 1 - captured / optimum) + RESOLUTION)
+    share = 1 - captured / optimum
+    return min(1.0, max(0.0, share) + RESOLUTION) if math.isfinite(share) else 1.0
 
 
 def _defect(rows: Tensor) -> float:

@@ -1,9 +1,10 @@
 """A file that is patched in any order: checksum and disk follow while the work goes on.
 
 Done at the end, the checksum of a 5 GB shard takes seconds on one core while the others have
-nothing to do, and the disk gets everything at once. What is on the disk is let go of in memory, so
-that a shard is written through the same few pages: new ones for every byte push out what others
-hold there, and where a host has yet to find them for its guest cost several times the writing.
+nothing to do, and the disk gets everything at once. What is on the disk, and is not read again, is
+let go of in memory, so that a shard is written through the same few pages: new ones for every byte
+push out what others hold there, and where a host has yet to find them for its guest cost several
+times the writing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pissa_core.openfile import CHUNK
 from pissa_core.ports import ByteRange, FileInfo
 from pissa_core.tensorfile import PatchFile
 
-# Bytes after which what is written goes to the disk and out of memory.
+# Bytes after which what is written goes to the disk.
 _SYNC_EVERY = 64 << 20
 
 

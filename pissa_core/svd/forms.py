@@ -15,6 +15,7 @@ from pissa_core.svd.space import Space
 
 _EPS = torch.finfo(torch.float32).eps
 _SCOUTS = 3
+_STEEPEST = 400  # theta_1 / theta_r up to which a `Square` was measured
 _CUT = 2.5  # times the rank: the eigenvalue that becomes 2c; from 1.5 to 6 little depends on it
 
 Apply = Callable[[Tensor], Tensor]
@@ -39,7 +40,7 @@ class Plain:
     gain: ClassVar[float] = 2.2  # by which a step cuts what is missing, where it is hard
     look: ClassVar[int] = 6  # steps of `Space.ceiling`
     graded: ClassVar[bool] = False
-    least: ClassVar[float] = -math.inf  # eigenvalue of the form that is not told from smaller ones
+    least: ClassVar[float] = -math.inf  # below it, one value of the form is two of G
     # |G v - theta v| that float32 leaves of a Ritz vector, relative to the largest eigenvalue:
     # measured where one of 1000 stood above ones.
     rounded: ClassVar[float] = 64 * _EPS
@@ -58,7 +59,8 @@ class Plain:
         """
         error = self.rounded * float(values[0])
         kept = values[:rank].clamp(min=0)
-        return _share(4 * error * error / kept.clamp(min=error), kept)
+        lost = torch.minimum(kept, 4 * error * error / kept.clamp(min=error))
+        return float(lost.sum() / kept.sum()) if float(kept.sum()) != 0 else 0.0
 
     def pairs(
         self, space: Space, values: Tensor, S: Tensor, couplings: Tensor, count: int
@@ -75,7 +77,7 @@ class Square:
     Beyond 2c it grows, and below that it stays within [0, c^2]: a Chebyshev polynomial of degree
     two on [0, 2c]. With 2c somewhat below theta_r the Krylov space of p(G) holds, for a number of
     vectors, polynomials of twice the degree, and of those all that matter: of heavy-tailed spectra
-    3.25 r vectors show what 6.25 r of G itself do. Gram-Schmidt, quadratic in that number, and the
+    3.125 r vectors show what 6.25 r of G itself do. Gram-Schmidt, quadratic in that number, and the
     small problem, cubic, become cheap; products are about as many.
 
     Attributes:
@@ -118,22 +120,25 @@ class Square:
         """Estimate the share by which float32 may lower the bound of the optimum.
 
         What is captured is measured, the bound rests on T and couplings, in which there is an
-        error e of p(G) v. To the second order it moves mu_i by e^2 / (mu_i - mu_lambda), lambda
-        as in `Plain.by_rounding`, never by more than e, and theta_i by that over 2 (theta_i - c).
+        error e of p(G) v. To the second order it moves mu_i by e^2 / (mu_i - mu_lambda), never by
+        more than e, and theta_i by that over 2 (theta_i - c); lambda is taken to be theta_2r at
+        most, since roundings do not prefer the few between.
 
         To the first order it moves mu_i by v^T e, and there is nothing for it. *Hypothesis*: e
-        does not prefer v. Measured against float64, with spikes up to 400 times theta_r, v^T e was
-        0.01 eps of the largest mu, of any sign, and all r of them 3e-6 of the energy, up to 200
-        times 1e-6: `RESOLUTION` covers that.
+        does not prefer v. Measured against float64, v^T e was 0.01 eps of the largest mu, of any
+        sign, and all r of them together 1e-6 of the energy with spikes of 200 times theta_r, 3e-6
+        with 400 times: `RESOLUTION` covers that. Steeper spectra are refused.
 
-        Shapes   as `Plain.by_rounding`.
+        Shapes   values (k,) the eigenvalues theta of G, descending, k > 2 r.
         """
-        theta = values[:rank].clamp(min=2 * self.center)
-        error = self.rounded * float(values[0] - self.center) ** 2
-        mu, beside = (theta - self.center).square(), (0.75 * theta - self.center).square()
-        gap = (mu - beside.clamp(min=self.center**2)).clamp(min=error)
-        slope = 2 * (theta - self.center)
-        return _share(error * error / gap / slope.clamp(min=math.sqrt(error)), theta)
+        theta = values.clamp(min=2 * self.center)
+        if not float(values[0]) <= _STEEPEST * float(theta[rank - 1]):
+            return math.inf
+        mu = (theta - self.center).square()
+        error = self.rounded * float(mu[0])
+        gap = (mu[:rank] - mu[2 * rank]).clamp(min=error)
+        slope = (2 * mu[:rank].sqrt()).clamp(min=math.sqrt(error))
+        return float((error * error / gap / slope).sum() / theta[:rank].sum())
 
     def pairs(
         self, space: Space, values: Tensor, S: Tensor, couplings: Tensor, count: int
@@ -191,8 +196,3 @@ def _at(above: Tensor, values: Tensor, count: float) -> float:
     share = float((count - above[i - 1]) / (above[i] - above[i - 1]))
     share = min(1.0, max(0.0, share))
     return float(values[i - 1]) * (1 - share) + float(values[i]) * share
-
-
-def _share(lost: Tensor, kept: Tensor) -> float:
-    total = float(kept.sum())
-    return float(torch.minimum(kept, lost).sum()) / total if total != 0 else 0.0

@@ -56,24 +56,24 @@ def few_eigenpairs(
              `narrow_capacity` vectors do not reach that: spectra flat at theta_r, clusters wider
              than the block; or where a few values stand too far above all others.
     Random   the start, the fresh vectors, and directions for dependent ones: from `generator`.
-    Cost     k vectors, 3.25 times the rank: 2 k products, 2 d k^2 flops of Gram-Schmidt, one or
-             two problems of size k in float64; a look at the spectrum before, and one outside the
-             space after it, of a hundred products each. Of G itself: 6.25 times the rank, and k
-             products.
+    Cost     k vectors, 3.125 times the rank in whole blocks: 2 k products, 2 d k^2 flops of
+             Gram-Schmidt, one or two problems of size k in float64; a look at the spectrum before,
+             and one outside the space after it, of a hundred products each. Of G itself: 6.25
+             times the rank, and k products.
     Source   Meyer, Musco, Musco 2024, arXiv:2305.02535 (narrow blocks need fewer products, up to
              the logarithm of gaps); the rest as `leading_eigenpairs`.
     """
     start = random_start(BLOCK, d, generator, device)
     plain = Plain(apply)
     form = best_form(apply, start, rank, tolerance, generator) if symmetric else plain
-    for tried in dict.fromkeys((form, plain)):
+    for tried in (form,) if isinstance(form, Plain) else (form, plain):
         with suppress(_Unresolved):
             return _search(tried, start, rank, extra, tolerance, generator)
     return None
 
 
 class _Unresolved(Exception):
-    """A form cannot tell theta_r from what is below, with however many vectors."""
+    """A form does not tell theta_r from what is below it, as far as is seen."""
 
 
 def _search(

@@ -16,9 +16,9 @@ GPU_PANEL_BYTES = 256 << 20  # few launches, and still little of the device's me
 GRAM_PANEL = 1024
 GRAM_BLOCK = 512
 GPU_GRAM_PANEL = 2048
-# While ||W||_F lies between these, sigma_1^8 neither overflows nor vanishes in float32: squares of
-# the rows that (W^T W)^2 makes.
-SAFE_NORMS = (2.0**-15, 2.0**15)
+# While ||W||_F lies between these, sigma_1^8 neither overflows nor vanishes in float32, up to
+# 2^15 singular values: squares of the rows that (W^T W)^2 makes.
+SAFE_NORMS = (2.0**-8, 2.0**15)
 
 
 @dataclass(frozen=True, slots=True)

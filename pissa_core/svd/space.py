@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -97,4 +98,4 @@ class Space:
         K[k : k + size].zero_()
         # These ask the lower triangle alone.
         before, now = (float(torch.linalg.eigvalsh(T[:n, :n])[-1]) for n in (size - b, size))
-        return now + max(0.0, now - before)
+        return now + max(0.0, now - before) if math.isfinite(now + before) else math.inf

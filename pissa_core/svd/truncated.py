@@ -166,7 +166,7 @@ def _auto(
     found = leading_eigenpairs(
         products.apply, start, rank, shape, tolerance=tolerance, generator=generator
     )
-    if found.missed > tolerance:
+    if not found.missed <= tolerance:
         return _by_gram(operator, norm, rank)  # out of patience; has not been seen to happen
     method, products.gram = products.method, None
     V = found.vectors[:rank]
@@ -244,7 +244,7 @@ def _refined(
     added = rest * sizes - torch.mm(u.t().float(), found.residuals)
     by_rounding = could_be_missing(s.square(), _coordinates(added), rank, len(s), early=True)
     missed = (math.sqrt(found.missed) + math.sqrt(by_rounding)) ** 2
-    if missed > tolerance:
+    if not missed <= tolerance:
         return None
     optimum = _energy(s[:rank]) / (1 - missed)
     residuals = torch.linalg.vector_norm(rest[:rank], dim=1)
