@@ -53,6 +53,12 @@ def main() -> None:
     (HERE / "README.md").write_text("\n".join(parts))
 
 
+def rounds(result: dict) -> str:
+    """Say how often each rank was measured."""
+    ranks = {row["rank"]: len(row["runs"]) for row in result["synthetic"]}
+    return "rounds: " + ", ".join(f"{count} at rank {rank}" for rank, count in ranks.items())
+
+
 def chapter(stem: str, result: dict) -> str:
     machine = result["machine"]
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['processor']}"
@@ -61,7 +67,7 @@ def chapter(stem: str, result: dict) -> str:
     lines = [
         f"## Whole processes, {result['device']}: {where}",
         f"Python {machine['python']}, {versions}; "
-        f"`python benchmarks/convert.py --rounds {result['rounds']}`.",
+        f"`python benchmarks/convert.py --rounds {result['rounds']}`; {rounds(result)}.",
         f"![Time and memory](results/{stem}.svg)",
         f"### Synthetic checkpoint, {gigabytes(result['checkpoint_bytes'])}",
         table(result["synthetic"]),

@@ -157,7 +157,7 @@ class Square:
 
     def resolves(self, largest: float, rth: float, tolerance: float) -> bool:
         """Whether `by_rounding` may be expected to leave room, given theta_1 and theta_r."""
-        return self.rounded * largest**2 <= math.sqrt(tolerance) * rth**2 / 4
+        return self.rounded * largest**2 <= math.sqrt(tolerance) * rth**2 / 2
 
 
 Form = Plain | Square
