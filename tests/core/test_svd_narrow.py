@@ -143,7 +143,7 @@ def test_clusters_wider_than_the_block(
     assert truth_over_said(theta / theta[0], rank, tolerance, seed, symmetric) <= 1
 
 
-@pytest.mark.parametrize(("rank", "symmetric"), [(41, True), (64, False), (110, True)])
+@pytest.mark.parametrize(("rank", "symmetric"), [(41, True), (64, False), (64, True)])
 def test_no_climb_to_worse_clusters_finds_a_false_bound(rank: int, symmetric: bool) -> None:
     # Longer climbs, of 5000 runs of each form, came no nearer than 0.998.
     draw = random.Random(rank)
