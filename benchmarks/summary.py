@@ -111,14 +111,15 @@ def times(peer: dict | None, record: dict, key: str) -> str:
 
 
 def limits(result: dict) -> list[str]:
-    """Hold what was set out for against the least that all pieces take here, search and all."""
+    """Hold what was set out for against the least that all pieces take here."""
     stored = RESULTS / "convert-cpu.json"
     records = json.loads(stored.read_text())["synthetic"] if stored.exists() else []
     peers = {r["rank"]: r["wall_s"] for r in records if r["contender"] == "PEFT pissa_niter_16"}
     goals = {16: (3, 4), 128: (3, 5)}
     lines = [
-        "| rank | niter_16 | set out for | at best, as above | and with no search at all |",
-        "|---:|---:|---|---:|---:|",
+        "| rank | niter_16 | set out for | at best, as above | with niter_16's error |"
+        " and with no search at all |",
+        "|---:|---:|---|---:|---:|---:|",
     ]
     for part in result["ranks"]:
         rank, pieces = part["rank"], part["pieces"]
@@ -127,7 +128,11 @@ def limits(result: dict) -> list[str]:
         wanted = ", ".join(f"{peers[rank] / times:.1f} s ({times}×)" for times in goals[rank])
         least = sum(pieces.values()) / result["cores"]
         rest = least - pieces["singular vectors"] / result["cores"]
-        lines.append(f"| {rank} | {peers[rank]:.1f} s | {wanted} | {least:.1f} s | {rest:.1f} s |")
+        loosened = rest + part["loosened"] / result["cores"]
+        lines.append(
+            f"| {rank} | {peers[rank]:.1f} s | {wanted} | {least:.1f} s | {loosened:.1f} s "
+            f"| {rest:.1f} s |"
+        )
     return lines if len(lines) > 2 else []
 
 
@@ -156,6 +161,11 @@ def anatomy(result: dict) -> str:
         + " |"
     )
     lines += ["", *limits(result)]
+    lines.append(
+        "\nThe second goal of each rank is for a tolerance as niter_16's error. A process takes up to a "
+        "quarter more CPU time than these pieces alone: the kernel's for new pages, "
+        "which this machine's host has to find, and that of two cores that share their memory."
+    )
     rates = result["gflops"]
     lines.append(
         f"\nOne core multiplies {rates['float32']:.0f} GFLOP/s in float32 and "
