@@ -19,8 +19,9 @@ from app.errors import InvalidFields, PayloadTooLarge, RequestTimeout, looks_lik
 from pissa_core.errors import InvalidConfig, InvalidRequest, OutsideLocalRoot, PissaError
 from pissa_core.refs import LocalRef, Ref, parse_output, parse_ref, resolve_local
 from pissa_core.wording import wrongs
-from worker.contract import SOURCE_FIELDS, BaseToPissa, JobRequest, PissaToLora
+from worker.contract import BaseToPissa, JobRequest, PissaToLora
 from worker.settings import Settings
+from worker.terms import SOURCE_FIELDS
 
 MAX_BODY_BYTES = 1 << 20
 BODY_S = 30.0

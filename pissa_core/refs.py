@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
-
 from pissa_core.errors import InvalidReference, OutsideLocalRoot
 
 _LOCAL_PREFIXES = ("/", "./", "../", "~", "file:")
@@ -183,6 +180,10 @@ def _parse_hub(text: str) -> HubRef:
                 f"{text!r}: {revision!r} is not a revision",
                 hint="percent-encode a slash in it: refs%2Fpr%2F1",
             )
+    # Imported here: it brings an HTTP client along, for which a folder has no use.
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

@@ -18,9 +18,10 @@ import numpy as np
 import psutil
 from safetensors.numpy import save_file
 
-from worker.contract import BaseToPissa, Job, Status
+from worker.contract import BaseToPissa, Job
 from worker.settings import Settings
 from worker.store import JobStore
+from worker.terms import Status
 
 PATIENCE_S = 90.0
 NO_HUB = "http://127.0.0.1:9"

@@ -20,8 +20,9 @@ from itertools import combinations
 from pathlib import Path
 
 from pissa_core.refs import LocalRef, Ref, parse_output, parse_ref, resolve_local
-from worker.contract import SOURCE_FIELDS, JobRequest, WithOutput
+from worker.contract import JobRequest, WithOutput
 from worker.settings import Settings
+from worker.terms import SOURCE_FIELDS
 from worker.vault import read_or_create
 
 ID_FILE = ".pissa-storage-id"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from worker.celery_app import KEY_PREFIX, make_app
-from worker.contract import Task
+from worker.terms import Task
 
 
 class Queue:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from celery import shared_task, signals
 
-from worker.contract import Task
 from worker.node import log_as_node
+from worker.terms import Task
 
 # A child that was spawned, not forked, knows nothing of its parent but what it imports.
 signals.setup_logging.connect(log_as_node, weak=False)

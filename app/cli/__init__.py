@@ -1,32 +1,55 @@
 """The command `pissa`: what each word does, and how a command ends.
 
 stdout carries the result, a table or one JSON object; stderr carries progress and errors.
-Nothing here imports torch unless the command does arithmetic.
+Nothing here imports torch unless the command does arithmetic, and of the commands only the one
+that was asked for is imported.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import click
 
-from app.cli.client import cancel, delete, jobs, resume, watch
 from app.cli.errors import ExitStatus, report
-from app.cli.fetch import fetch
-from app.cli.local import convert, plan, to_base, verify
-from app.cli.service import serve, worker
-from app.cli.submission import submit
-from app.cli.to_lora import to_lora
 
 DEBUG = "--debug"
+_MODULES = {
+    "client": ("cancel", "delete", "jobs", "resume", "watch"),
+    "fetch": ("fetch",),
+    "local": ("convert", "plan", "to-base", "verify"),
+    "service": ("serve", "worker"),
+    "submission": ("submit",),
+    "to_lora": ("to-lora",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class Commands(Mapping[str, click.Command]):
+    """The commands by name, each imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> click.Command:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+        command: click.Command = getattr(module, name.replace("-", "_"))
+        return command
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_HOMES)
+
+    def __len__(self) -> int:
+        return len(_HOMES)
+
+
+@click.group(
+    commands=cast(dict[str, click.Command], Commands()),  # click only reads it
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="pissa-service", prog_name="pissa")
 @click.option(DEBUG, is_flag=True, help="Show tracebacks. May stand anywhere in the command.")
 def pissa(debug: bool) -> None:
@@ -38,25 +61,6 @@ def pissa(debug: bool) -> None:
 
     Exit status: 0 done, 1 failed, 2 refused before anything was opened, 130 interrupted.
     """
-
-
-for _command in (
-    plan,
-    convert,
-    to_lora,
-    to_base,
-    verify,
-    serve,
-    worker,
-    submit,
-    jobs,
-    watch,
-    cancel,
-    resume,
-    fetch,
-    delete,
-):
-    pissa.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -17,7 +17,7 @@ from app.cli.options import job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display, pause_line
 from app.cli.verification import print_first_faults
 from pissa_core.errors import CheckpointError, PissaError, TargetError, error_from
-from worker.contract import LONGEST_PAGE, Status
+from worker.terms import LONGEST_PAGE, Status
 
 POLL_S = 0.5
 PATIENCE_S = 60.0

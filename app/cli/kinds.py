@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from worker.contract import Status
+from worker.terms import Status
 
 
 class Size(click.ParamType[int]):

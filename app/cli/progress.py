@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from app.cli.units import duration, size
-from worker.contract import is_telling
+from worker.terms import is_telling
 
 if TYPE_CHECKING:
     from rich.progress import TaskID

@@ -18,7 +18,7 @@ from app.cli.outputs import output_options, refuse, required_output
 from app.cli.to_lora import lora_options
 from pissa_core.refs import HubRef, Ref, parse_ref
 from pissa_core.spec import parse_config
-from worker.contract import KINDS
+from worker.terms import KINDS
 
 _BASE, _LORA, _FOLD, _VERIFY = KINDS
 _NEEDED = {

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from app.cli.units import count, duration, size
-from worker.contract import MAIN_SOURCES
+from worker.terms import MAIN_SOURCES
 
 Row = Sequence[str]
 

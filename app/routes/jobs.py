@@ -20,7 +20,8 @@ from app.schemas import (
     CancelBody,
     JobList,
 )
-from worker.contract import LONGEST_PAGE, Job, Status
+from worker.contract import Job
+from worker.terms import LONGEST_PAGE, Status
 
 POLL_AFTER_S = 2
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import ModelCardData
 
 from pissa_core.layout.sidefiles import CARD, read_card
 from pissa_core.plan import Fold, Plan
@@ -18,7 +18,7 @@ from pissa_core.refs import HubRef, parse_ref
 from pissa_core.report.card import ORIGINAL_CARD, left_out_note
 from pissa_core.report.figures import Row, in_plan_order
 from pissa_core.report.manifest import SCHEMA, canonical_json, versions
-from pissa_core.report.metadata import kept_metadata, split_card
+from pissa_core.report.metadata import kept_metadata, make_card, split_card
 
 MANIFEST = "pissa_manifest.json"
 _OWN_TAGS = frozenset({"pissa", "peft", "lora", "residual"})
@@ -120,9 +120,7 @@ def folded_card(plan: Plan, rows: Sequence[Row], residual_card: str) -> bytes:
     sections = [_opening(plan), _figures(plan, rows), _lineage(plan)]
     if found and original_body.strip():
         sections.append(f"---\n\n{ORIGINAL_CARD}\n\n{original_body.strip()}")
-    yaml = folded_metadata(plan, metadata).to_yaml()
-    content = f"---\n{yaml}\n---\n\n" + "\n\n".join(sections) + "\n"
-    return str(ModelCard(content, ignore_metadata_errors=True)).encode(errors="replace")
+    return make_card(folded_metadata(plan, metadata), sections)
 
 
 def _fold_of(plan: Plan) -> Fold:

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import ModelCardData
 
 from pissa_core.lora.classes import class_for
 from pissa_core.lora.form import form_of
 from pissa_core.lora.plan import LoraPlan
+from pissa_core.report.metadata import make_card
 
 _PLACEHOLDER = "path/to/the/original/model"
 _LONGEST_TABLE = 40
@@ -34,8 +35,7 @@ def card(plan: LoraPlan, rows: Sequence[Mapping[str, Any]], config: Mapping[str,
         _figures(plan, rows),
         _lineage(plan),
     ]
-    content = f"---\n{_metadata(plan).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
-    return str(ModelCard(content, ignore_metadata_errors=True)).encode(errors="replace")
+    return make_card(_metadata(plan), sections)
 
 
 def _opening(plan: LoraPlan) -> str:

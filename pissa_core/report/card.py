@@ -9,12 +9,12 @@ from pathlib import PurePath
 from shlex import quote
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import ModelCardData
 
 from pissa_core.plan import Plan
 from pissa_core.refs import HubRef, parse_ref
 from pissa_core.report.figures import Row, by_kind, energy_share, in_plan_order, totals
-from pissa_core.report.metadata import kept_metadata, split_card
+from pissa_core.report.metadata import kept_metadata, make_card, split_card
 
 LOCAL_PLACEHOLDER = "path/to/this/folder"
 ORIGINAL_CARD = "# The card of the original model"
@@ -57,11 +57,7 @@ def card(
     ]
     if body.strip():
         sections.append(f"---\n\n{ORIGINAL_CARD}\n\n{body.strip()}")
-    content = (
-        f"---\n{metadata_of(plan, metadata).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
-    )
-    # A lone surrogate (JSON can smuggle one into a name) must not end a job at its last step.
-    return str(ModelCard(content, ignore_metadata_errors=True)).encode(errors="replace")
+    return make_card(metadata_of(plan, metadata), sections)
 
 
 def _opening(plan: Plan) -> str:

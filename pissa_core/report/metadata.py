@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
+from huggingface_hub.repocard_data import ModelCardData
 
 # The Hub's own idea of where a card's metadata ends (huggingface_hub.repocard).
 _FRONT_MATTER = re.compile(r"^(\s*---(?:\r\n|\r|\n))([\S\s]*?)((?:\r\n|\r|\n)---[ \t]*(\r\n|\n|$))")
@@ -43,6 +44,14 @@ def split_card(text: str) -> tuple[Mapping[str, Any], str]:
     except (yaml.YAMLError, ValueError, RecursionError):
         data = None
     return (data if isinstance(data, dict) else {}), text[match.end() :]
+
+
+def make_card(metadata: ModelCardData, sections: Sequence[str]) -> bytes:
+    """Put a card together, as the Hub's own `ModelCard` writes one: metadata, then the text."""
+    # Not by `ModelCard`: its module brings all of the Hub's client along, for 0.2 s.
+    content = f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+    # A lone surrogate (JSON can smuggle one into a name) must not end a job at its last step.
+    return content.encode(errors="replace")
 
 
 def refused_fields(is_taken: Callable[[tuple[str, ...]], bool]) -> tuple[str, ...]:

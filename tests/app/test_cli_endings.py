@@ -191,6 +191,24 @@ def test_what_needs_no_arithmetic_loads_no_torch(arguments: list[str]) -> None:
     assert done.stdout.endswith("heavy: []\n")
 
 
+def test_a_command_brings_along_no_other() -> None:
+    code = (
+        "import sys\n"
+        "from app.cli import pissa\n"
+        "pissa.get_command(None, 'plan')\n"
+        "others = {'app.cli.client', 'app.cli.submission', 'httpx2', 'huggingface_hub'}\n"
+        "print(sorted(others & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_a_command_nearly_right_is_suggested() -> None:
+    done = pissa("conver", "./model", env=environment())
+    assert done.returncode == 2
+    assert "Did you mean 'convert'?" in done.stderr
+
+
 def test_a_reader_of_stdout_who_has_enough_causes_no_traceback() -> None:
     with subprocess.Popen(
         [PISSA, "plan", "--help"],

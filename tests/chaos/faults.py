@@ -14,8 +14,8 @@ import redis
 from household import Household, store_of
 from worker_tools import kill_tree
 
-from worker.contract import Task
 from worker.queue import Queue
+from worker.terms import Task
 
 
 @dataclass(frozen=True)

@@ -105,3 +105,9 @@ def test_asking_loads_no_torch():
     code = "import sys, pissa_core.spec, pissa_core.refs, pissa_core.errors\n"
     code += "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_from_folder_to_folder_no_client_of_the_hub_is_loaded():
+    code = "import sys, pissa_core.engine, pissa_core.adapters.local\n"
+    code += "assert 'huggingface_hub.hf_api' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

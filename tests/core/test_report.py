@@ -179,6 +179,19 @@ def test_card_keeps_the_source_card_and_its_licence_below_ours():
     assert ModelCard(text).data.base_model_relation == "finetune"
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        None,
+        "---\nlicense: other\nlicense_name: '0123: #x'\ntags: ['yes', 'é', '- a', 'a: b']\n---\nText",
+        "---\nlanguage: ['no', en]\n---\nBody\r\n---\nmore: of it\n---\n",
+    ],
+)
+def test_card_is_what_the_hubs_own_class_writes(source):
+    text = write_card(make_plan(), make_rows(make_plan()), source)
+    assert text == str(ModelCard(text))
+
+
 @pytest.mark.parametrize("broken", ["license: [unclosed", "- a\n- list", "license: 3"])
 def test_card_survives_a_source_card_with_broken_metadata(broken):
     text = write_card(make_plan(), make_rows(make_plan()), f"---\n{broken}\n---\nBody")

@@ -23,8 +23,9 @@ from worker_tools import running_worker, wait_for, wait_for_end, write_llama
 
 from pissa_core.errors import DiskTooSmall
 from worker.connect import open_store
-from worker.contract import BaseToPissa, Status
+from worker.contract import BaseToPissa
 from worker.embedded import embedded_valkey
+from worker.terms import Status
 
 BUDGET = 9_000_000
 ID = "someone/llama"

@@ -24,8 +24,9 @@ from service_fixtures import quick_settings
 from worker_tools import running_worker, wait_for, wait_for_end, write_llama
 
 from worker.connect import open_store
-from worker.contract import Job, PissaToBase, PissaToLora, Status
+from worker.contract import Job, PissaToBase, PissaToLora
 from worker.embedded import embedded_valkey
+from worker.terms import Status
 
 pytestmark = pytest.mark.slow
 

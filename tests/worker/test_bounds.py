@@ -13,10 +13,11 @@ from worker_tools import request, write_llama
 
 from pissa_core.errors import InvalidRequest, OutsideLocalRoot
 from pissa_core.runtime import Runtime
-from worker.contract import Job, JobRequest, Status
+from worker.contract import Job, JobRequest
 from worker.runner import carry_out
 from worker.settings import Settings
 from worker.store import JobStore, TaskStore
+from worker.terms import Status
 from worker.vault import open_vault
 from worker.wiring import Context
 

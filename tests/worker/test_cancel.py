@@ -16,8 +16,9 @@ from service_fixtures import quick_settings
 from worker_tools import running_worker, wait_for, wait_for_end, write_llama
 
 from worker.connect import open_store
-from worker.contract import BaseToPissa, Job, JobRequest, Phase, Status
+from worker.contract import BaseToPissa, Job, JobRequest
 from worker.embedded import embedded_valkey
+from worker.terms import Phase, Status
 
 DRIP = {"drip": 4096, "drip_s": 0.2, "times": 10_000}
 """A megabyte would take most of a minute, without ever being so slow that it is given up."""

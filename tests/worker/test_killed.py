@@ -25,9 +25,10 @@ from worker_tools import (
 )
 
 from worker.connect import open_store
-from worker.contract import Job, Status, Task
+from worker.contract import Job
 from worker.embedded import embedded_valkey
 from worker.store import JobStore
+from worker.terms import Status, Task
 
 SLOW = {"method": "exact"}
 MATRICES = 28

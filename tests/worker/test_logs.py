@@ -12,7 +12,7 @@ from pathlib import Path
 from conftest import Service
 from worker_tools import request, wait_for_end
 
-from worker.contract import Status
+from worker.terms import Status
 
 SAY = (
     "import logging, structlog; from worker.logs import configure_logging\n"

@@ -11,10 +11,10 @@ from pissa_core.adapters import open_sink, open_source
 from pissa_core.engine import convert
 from pissa_core.refs import LocalRef
 from pissa_core.runtime import Runtime
-from worker.contract import Status
 from worker.runner import carry_out
 from worker.settings import Settings
 from worker.store import JobStore, TaskStore
+from worker.terms import Status
 from worker.vault import open_vault
 from worker.wiring import Context
 

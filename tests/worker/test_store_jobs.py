@@ -11,7 +11,7 @@ from store_tools import DIGEST, REQUEST, do_all, do_prepare, do_publish, do_shar
 
 from pissa_core.errors import InvalidRequest, PissaError, RankTooLarge
 from worker.connect import open_store
-from worker.contract import BaseToPissa, EventType, JobEvent, Phase, Status
+from worker.contract import BaseToPissa, JobEvent
 from worker.errors import (
     Conflict,
     IdempotencyMismatch,
@@ -22,6 +22,7 @@ from worker.errors import (
 from worker.settings import Settings
 from worker.store import JobStore, LeaseLost, TaskStore
 from worker.store.retention import Retention
+from worker.terms import EventType, Phase, Status
 
 TOKEN = "hf_" + "abcdefgh" * 4
 

@@ -15,12 +15,13 @@ from worker_tools import wait_for
 from pissa_core.errors import Cancelled, HubUnavailable, PissaError, SourceChanged
 from pissa_core.plan import Plan
 from worker.connect import open_store
-from worker.contract import JobWait, Phase, Status, Task
+from worker.contract import JobWait
 from worker.errors import StoreUnavailable
 from worker.processes import holder_id, is_dead
 from worker.settings import Settings
 from worker.store import JobStore, LeaseLost, Reaper, Stop, TaskStore
 from worker.store.connection import Connection
+from worker.terms import Phase, Status, Task
 
 
 class Pigeonhole:

@@ -29,11 +29,12 @@ from worker_tools import (
 from pissa_core.adapters.ledger import Ledger
 from pissa_core.adapters.local.scratch import open_scratch, remove_scratch
 from worker.connect import open_store
-from worker.contract import BaseToPissa, Status
+from worker.contract import BaseToPissa
 from worker.embedded import embedded_valkey
 from worker.settings import Settings
 from worker.store import JobStore
 from worker.sweeping import Sweeper
+from worker.terms import Status
 
 pytestmark = pytest.mark.slow
 

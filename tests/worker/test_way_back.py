@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from worker_tools import leftovers, request, wait_for_end, write_llama
 
 from app.factory import create_app
-from worker.contract import Status
+from worker.terms import Status
 
 FIGURES = {"matrices", "energy", "max_missed", "max_recombination_error", "passed"}
 

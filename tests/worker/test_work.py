@@ -23,8 +23,9 @@ from pissa_core.engine import convert
 from pissa_core.errors import FolderNotFound, NothingMatched
 from pissa_core.refs import LocalRef
 from pissa_core.runtime import Runtime
-from worker.contract import BaseToPissa, Job, Phase, Status
+from worker.contract import BaseToPissa, Job
 from worker.store import JobStore
+from worker.terms import Phase, Status
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from worker.contract import Task
 from worker.errors import StoreUnavailable
+from worker.terms import Task
 
 _PARTS = ("common", "ending", "jobs", "tasks", "reaper", "dispatch")
 _AWAY = (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ReadOnlyError)

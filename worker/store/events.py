@@ -8,10 +8,11 @@ from typing import Any
 import redis
 import redis.asyncio
 
-from worker.contract import EventType, JobEvent
+from worker.contract import JobEvent
 from worker.errors import StoreUnavailable
 from worker.store.connection import Connection
 from worker.store.records import as_event
+from worker.terms import EventType
 
 FINAL = frozenset({EventType.SUCCEEDED, EventType.FAILED, EventType.CANCELLED})
 _BLOCK_MS = 10_000

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from worker.contract import Status
+from worker.terms import Status
 
 
 @dataclass(frozen=True, slots=True)

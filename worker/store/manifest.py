@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pissa_core.plan import Plan
-from worker.contract import MAIN_SOURCES, Job
+from worker.contract import Job
 from worker.store.connection import Connection
+from worker.terms import MAIN_SOURCES
 
 
 def rows_so_far(connection: Connection, job: Job) -> dict[str, Any]:

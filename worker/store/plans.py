@@ -6,10 +6,10 @@ import json
 import time
 from typing import Any
 
-from worker.contract import EventType
 from worker.errors import PlanTimeout, error_from
 from worker.store.connection import Connection
 from worker.store.events import FINAL, Events
+from worker.terms import EventType
 
 
 def wait_for_plan(

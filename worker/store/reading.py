@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
 from pissa_core.errors import InvalidRequest
-from worker.contract import Job, JobEvent, Status
+from worker.contract import Job, JobEvent
 from worker.errors import JobNotFound
 from worker.settings import Settings
 from worker.store.connection import Connection
@@ -15,6 +15,7 @@ from worker.store.events import Events
 from worker.store.figures import Figures, as_figures
 from worker.store.manifest import rows_so_far
 from worker.store.records import WorkerInfo, as_job
+from worker.terms import Status
 
 _CHUNK = 200
 

@@ -8,18 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from worker.contract import (
-    Count,
-    EventType,
-    Job,
-    JobError,
-    JobEvent,
-    JobWait,
-    Phase,
-    Progress,
-    Status,
-    is_telling,
-)
+from worker.contract import Count, Job, JobError, JobEvent, JobWait, Progress
+from worker.terms import EventType, Phase, Status, is_telling
 
 
 @dataclass(frozen=True, slots=True)
