@@ -113,6 +113,7 @@ class PlanAnswer(BaseModel):
     matrices: list[PlanMatrix]
     refused: list[PlanRefusal]
     left_out: list[str]
+    notes: list[str] = Field(description="what to know that refuses nothing")
     divided: list[PlanDivision]
     bytes: PlanBytes
     peak_memory_bytes: int
@@ -287,6 +288,7 @@ PLAN_EXAMPLE: dict[str, Any] = {
     "matrices": [_ROW],
     "refused": [],
     "left_out": ["original/consolidated.00.pth"],
+    "notes": [],
     "divided": [],
     "bytes": {"read": 2200000000, "written": 2225231360, "adapter": 25231360},
     "peak_memory_bytes": 900000000,

@@ -184,6 +184,7 @@ class Plan:
         index: path of the index of weights in the output; None for a single file.
         new_index: what the index says where shards were divided; None: as in the source.
         card_without: metadata of the source's card that the place of the result refuses.
+        notes: what the user should know and nothing refuses, in sentences.
     """
 
     source: str
@@ -201,6 +202,7 @@ class Plan:
     estimate: Estimate
     new_index: str | None = None
     card_without: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     fold: Fold | None = None
 
     @property
@@ -253,6 +255,7 @@ class Plan:
             "peak_device_memory_bytes": self.estimate.peak_device_memory,
             "trainable_parameters": self.trainable_parameters,
             "divided": _divided(self.shards),
+            "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
@@ -283,7 +286,7 @@ class Plan:
         data["refused"] = tuple(Refusal(**r) for r in data["refused"])
         data["estimate"] = Estimate(**data["estimate"])
         data["fold"] = _read_fold(data["fold"]) if data.get("fold") else None
-        for field in ("side_files", "left_out", "card_without"):
+        for field in ("side_files", "left_out", "card_without", "notes"):
             data[field] = tuple(data.get(field, ()))
         return cls(**data)
 

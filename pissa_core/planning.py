@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from pissa_core.budgets import publish_bytes, sizes_of
 from pissa_core.division import MAX_SHARD_SIZE, fit_to_disk
 from pissa_core.layout import Layout, read_layout
+from pissa_core.layout.sidefiles import INITIAL
 from pissa_core.plan import IN_FLIGHT, Estimate, Matrix, Plan, ShardPlan
 from pissa_core.ports import CheckpointSource
 from pissa_core.slots import usable_cores
@@ -78,6 +79,7 @@ def make_plan(
         side_files=layout.side_files,
         left_out=layout.left_out,
         refused=targets.refused,
+        notes=(*_about(layout), *targets.notes),
         estimate=_UNKNOWN,
     )
     plan, scratch_budget = fit_to_disk(
@@ -92,6 +94,14 @@ def make_plan(
         scratch_budget=scratch_budget,
     )
     return dataclasses.replace(plan, estimate=cost)
+
+
+def _about(layout: Layout) -> Iterator[str]:
+    if any(path.startswith(f"{INITIAL}/") for path in layout.left_out):
+        yield (
+            f"the model is itself a residual, as {INITIAL}/ in it says: the result is a residual "
+            "of that, and neither the original's adapters nor the first residual's fit it"
+        )
 
 
 def accepted_config(config: PissaConfig) -> dict[str, Any]:

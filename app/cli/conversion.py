@@ -53,6 +53,7 @@ class Result:
     phase_seconds: dict[str, float]
     peak_memory_bytes: int
     model_class: str | None
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields of REST's result."""
@@ -64,6 +65,7 @@ class Result:
             "peak_memory_bytes": self.peak_memory_bytes,
             **self.totals,
             "passed": None,
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
     def how_to_load(self) -> tuple[str, str | None, str | None]:
@@ -224,6 +226,8 @@ class Follower:
                         f"note: the Hub refuses {fields} of the source's model card; the result's "
                         "card leaves it out"
                     )
+                for note in plan.notes:
+                    self.shown.note(f"note: {note}")
                 self._marks["planning"] = time.monotonic()
                 self.pace = Pace()
             case ShardStarted(resumed=resumed) if resumed:
@@ -275,6 +279,7 @@ class Follower:
             phase_seconds=dict(zip(self._marks, spans, strict=True)),
             peak_memory_bytes=peak_memory_bytes(),
             model_class=self.plan.model_class,
+            notes=self.plan.notes,
         )
 
     def _seal(self, event: ShardSealed) -> None:

@@ -146,7 +146,8 @@ max_shard_size_option = click.option(
     "--max-shard-size",
     type=Size(),
     metavar="SIZE",
-    help="Size of the files that a divided shard becomes; default: 5GB.",
+    help="Size of the files that a shard too large for the disk budget becomes; default: 5GB. "
+    "Nothing else is divided.",
 )
 
 job_argument = click.argument("job_id", metavar="ID", type=JobId())

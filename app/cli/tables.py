@@ -59,6 +59,8 @@ def print_plan(plan: Mapping[str, Any]) -> None:
         print_table(("refused", "number", "code", "reason"), refused, right=(1,))
         print()
     print_facts(_plan_facts(plan))
+    for note in plan["notes"]:
+        print(f"note: {note}")
 
 
 def group_matrices(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -118,10 +118,19 @@ def _print_fault(check: str, fault: Mapping[str, str]) -> None:
     print(f"fault[{check}] {fault['where']}: {fault['what']}")
 
 
+def _print_faults(checks: Iterable[Mapping[str, Any]]) -> None:
+    for check in checks:
+        for fault in check["faults"]:
+            _print_fault(check["name"], fault)
+        if check["more_faults"]:
+            print(f"fault[{check['name']}] and {check['more_faults']} more")
+
+
 def print_report(report: Mapping[str, Any]) -> None:
     """Print the checks as a table, then every fault, then the verdict."""
-    if sentence := _stranger(report):
-        print(f"{sentence}\n")
+    stranger = _stranger(report)
+    if stranger:
+        print(f"{stranger}\n")
     tables.print_table(
         ("check", "looked at", "faults", ""),
         [
@@ -135,11 +144,10 @@ def print_report(report: Mapping[str, Any]) -> None:
         ],
         right=(1, 2),
     )
-    for check in report["checks"]:
-        for fault in check["faults"]:
-            _print_fault(check["name"], fault)
-        if check["more_faults"]:
-            print(f"fault[{check['name']}] and {check['more_faults']} more")
+    if stranger:
+        print("the faults are those of any other model; --json lists them")
+    else:
+        _print_faults(report["checks"])
     for sentence in report["unchecked"]:
         print(f"not checked: {sentence}")
     for sentence in report["notes"]:

@@ -87,6 +87,7 @@ function drawHead(head, job, reopen) {
     job.error && el("div", { class: "notice", role: "alert" },
       el("p", {}, el("strong", {}, `${job.error.code}: `), job.error.message),
       job.error.hint && el("p", {}, job.error.hint)),
+    (job.result?.notes ?? []).map((note) => el("p", { class: "help" }, `Note: ${note}`)),
     figures([
       ["Kind", job.kind],
       ["Output", job.result?.output ?? job.request.output?.ref
@@ -104,7 +105,7 @@ function drawHead(head, job, reopen) {
       ["Attempts", job.attempts],
     ]),
     el("div", { class: "actions" }, actions(job, reopen)),
-  ].filter(Boolean));
+  ].flat().filter(Boolean));
 }
 
 function actions(job, reopen) {

@@ -77,6 +77,7 @@ function planView(plan) {
       ["Left out", plan.left_out.length ? plan.left_out.join(", ") : null],
     ]),
     refused,
+    plan.notes.map((note) => el("p", { class: "help" }, `Note: ${note}`)),
     el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "matrices of the plan" },
       el("table", {},
         el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Module"),

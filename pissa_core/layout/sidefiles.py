@@ -17,7 +17,10 @@ from pissa_core.ports import CheckpointSource
 CARD = "README.md"
 """The model's card: merged into ours, so neither carried along nor left out."""
 
-OWN_NAMES = ("pissa_manifest.json", "pissa_init", "pissa_report", ".pissa-storage-id")
+INITIAL = "pissa_init"
+"""The folder of the initial adapter in a residual model."""
+
+OWN_NAMES = ("pissa_manifest.json", INITIAL, "pissa_report", ".pissa-storage-id")
 """First path segments of what a conversion writes, and the service's mark in a local root."""
 
 OTHER_FORMATS = (

@@ -30,7 +30,7 @@ def manifest(plan: Plan, rows: Sequence[Row], files: Mapping[str, FileInfo]) -> 
         "matrices": [dict(row) for row in in_plan_order(plan, rows)],
         "totals": totals(plan, rows).as_dict(),
     }
-    return canonical_json(content)
+    return canonical_json(content | ({"notes": list(plan.notes)} if plan.notes else {}))
 
 
 def canonical_json(content: Any) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +19,7 @@ from pissa_core.errors import InvalidConfig, PissaError, UnsupportedModule
 from pissa_core.plan import Refusal
 from pissa_core.spec import PissaConfig
 from pissa_core.targets.adapter_config import saved_config
-from pissa_core.targets.nothing import explain_nothing
+from pissa_core.targets.nothing import explain_nothing, names_of_nothing
 from pissa_core.targets.skeleton import Skeleton
 from pissa_core.targets.tasks import HEADS
 
@@ -34,7 +34,6 @@ _SETTLED = re.compile(
     # PEFT's own affair with transformers.
     r"|`is_gradient_checkpointing` is deprecated"
 )
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +71,7 @@ class Injection:
     Attributes:
         carried: adapter key → parameter of the model, for tensors stored whole.
         modules: every module path of the model before the injection.
+        notes: what of the config has no effect, in sentences.
     """
 
     layers: tuple[Injected, ...]
@@ -79,6 +79,7 @@ class Injection:
     adapter_config: Mapping[str, Any]
     modules: tuple[str, ...]
     refused: tuple[Refusal, ...]
+    notes: tuple[str, ...] = ()
 
 
 def inject(
@@ -99,7 +100,11 @@ def inject(
     """
     modules = dict(skeleton.model.named_modules())
     try:
-        return _read_back(_wrap(skeleton, config, task), skeleton, task, modules)
+        with peft_remarks() as worth_saying:
+            wrapped = _wrap(skeleton, config, task)
+        injection = _read_back(wrapped, skeleton, task, modules)
+        notes = (*names_of_nothing(config, modules), *worth_saying)
+        return dataclasses.replace(injection, notes=notes)
     except (PissaError, MemoryError):
         raise
     except NoMatchingPeftModuleError as error:
@@ -124,8 +129,7 @@ def _wrap(
 ) -> PeftModel:
     # A tree of unknown class lacks the methods that PEFT's task classes ask for, and needs none.
     lora = _lora_config(config, task, with_task=skeleton.native, without=without)
-    with peft_remarks():
-        return get_peft_model(skeleton.model, lora, low_cpu_mem_usage=True)
+    return get_peft_model(skeleton.model, lora, low_cpu_mem_usage=True)
 
 
 def _lora_config(
@@ -156,14 +160,15 @@ def _excluding(excluded: str | list[str] | None, more: list[str]) -> str | list[
 
 
 @contextlib.contextmanager
-def peft_remarks() -> Iterator[None]:
-    """Sort PEFT's warnings: drop what the plan settles, log what the user should know."""
+def peft_remarks() -> Iterator[list[str]]:
+    """Sort PEFT's warnings: drop what the plan settles, collect what the user should know."""
+    worth_saying: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield
+        yield worth_saying
     for remark in caught:
         if _WORTH_SAYING.match(str(remark.message)):
-            _log.warning("%s", remark.message)
+            worth_saying.append(" ".join(str(remark.message).split()))
         elif not _SETTLED.match(str(remark.message)):
             warnings.warn_explicit(remark.message, remark.category, remark.filename, remark.lineno)
 
@@ -215,7 +220,8 @@ def _without_refused(
     modules = dict(skeleton.model.named_modules())
     refusals = tuple(Refusal(name, "unsupported_module", why) for name, why in refused.items())
     try:
-        wrapped = _wrap(skeleton, config, task, without=refused)
+        with peft_remarks():
+            wrapped = _wrap(skeleton, config, task, without=refused)
     except NoMatchingPeftModuleError:
         return Injection((), {}, {}, tuple(modules), refusals)
     return _read_back(wrapped, skeleton, task, modules, refusals)

@@ -1,9 +1,9 @@
-"""Explain why no module is a target: what was looked for, and what comes close."""
+"""Names that are no module's: what was looked for, and what comes close."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +26,18 @@ def explain_nothing(config: PissaConfig, modules: Mapping[str, nn.Module]) -> No
     )
 
 
+def names_of_nothing(config: PissaConfig, modules: Iterable[str]) -> Iterator[str]:
+    """Yield a sentence for each of several targets that is the name of no module."""
+    if isinstance(config.target_modules, str):
+        return
+    paths = list(modules)
+    for name in config.target_modules:
+        if not _is_leaf(name, paths):
+            close = _close_to(name, {path.rpartition(".")[2] for path in paths})
+            similar = f"; similar names in this model: {', '.join(close)}" if close else ""
+            yield f"no module is named {name!r}, as target_modules has it{similar}"
+
+
 def _hint(config: PissaConfig, modules: Mapping[str, nn.Module]) -> str:
     linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))]
     leaves = sorted({name.rpartition(".")[2] for name in linear})
@@ -36,16 +48,16 @@ def _hint(config: PissaConfig, modules: Mapping[str, nn.Module]) -> str:
             f'example; write ["{targets}"] to match by the end of the path'
         )
     wanted = [targets] if isinstance(targets, str) else targets
-    close = [
-        match
-        for name in wanted
-        for match in difflib.get_close_matches(name.rpartition(".")[2], leaves, n=3)
-    ]
+    close = [match for name in wanted for match in _close_to(name, leaves)]
     if any(_is_leaf(name, linear) for name in wanted) or targets == "all-linear":
         return "the targets exist, but exclude_modules, layers_to_transform or task_type drop them"
     if close:
         return f"similar names in this model: {', '.join(dict.fromkeys(close))}"
     return f"this model's linear modules end in {', '.join(leaves) or 'nothing'}"
+
+
+def _close_to(name: str, leaves: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name.rpartition(".")[2], sorted(leaves), n=3)
 
 
 def _is_leaf(name: str, modules: list[str]) -> bool:

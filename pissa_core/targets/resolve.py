@@ -24,6 +24,7 @@ class Targets:
         names_from: whether module paths are those of transformers' class or were read from the
             checkpoint's keys, because transformers does not know the class.
         adapter_config: what PEFT's adapter_config.json holds, but for the base model's name.
+        notes: what of the config has no effect, in sentences.
     """
 
     model_class: str | None
@@ -32,6 +33,7 @@ class Targets:
     carried: tuple[CarriedTensor, ...]
     adapter_config: Mapping[str, Any]
     refused: tuple[Refusal, ...]
+    notes: tuple[str, ...] = ()
 
 
 def resolve_targets(layout: Layout, config: PissaConfig) -> Targets:
@@ -69,4 +71,5 @@ def resolve_targets(layout: Layout, config: PissaConfig) -> Targets:
         carried=verdict.carried,
         adapter_config=injection.adapter_config,
         refused=refused,
+        notes=injection.notes,
     )

@@ -16,7 +16,7 @@ from pissa_core.layout.jsonfile import (
     parse_object,
     read_bounded,
 )
-from pissa_core.layout.sidefiles import CARD, OWN_NAMES
+from pissa_core.layout.sidefiles import CARD, INITIAL, OWN_NAMES
 from pissa_core.plan import CarriedTensor, Matrix, Piece
 from pissa_core.ports import CheckpointSource
 from pissa_core.report.manifest import canonical_json
@@ -26,8 +26,7 @@ from pissa_core.verify.claims import row_faults, shape_faults, total_faults
 from pissa_core.verify.examine import ADAPTER
 
 MANIFEST = "pissa_manifest.json"
-FOLDER = "pissa_init"
-CONFIG = f"{FOLDER}/adapter_config.json"
+CONFIG = f"{INITIAL}/adapter_config.json"
 _OURS = {
     MANIFEST,
     CONFIG,
@@ -128,11 +127,11 @@ def _read_converted(converted: CheckpointSource, found: _Findings) -> Layout | N
 
 def _read_pair(converted: CheckpointSource, found: _Findings) -> Adapter | None:
     try:
-        adapter = read_adapter(converted, FOLDER)
+        adapter = read_adapter(converted, INITIAL)
     except PissaError as error:
         if error.retryable:
             raise
-        found.note("adapter", FOLDER, error.message)
+        found.note("adapter", INITIAL, error.message)
         return None
     init = adapter.config.get("init_lora_weights")
     if decomposes(adapter.config):

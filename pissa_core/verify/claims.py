@@ -14,13 +14,14 @@ from pissa_core.verify.case import Fault
 from pissa_core.verify.matrix import UNIT
 
 TOP_LEVEL = {"schema", "kind", "source", "config", "versions", "files", "matrices", "totals"}
+_NOTES = "notes"  # there where the plan had some
 _FIGURES = {"sigma", "energy", "missed", "recombination_error", "method"}
 _STATIC = ("module", "tensor", "shard", "shape", "rank", "scaling")
 
 
 def shape_faults(manifest: Mapping[str, Any]) -> Iterator[Fault]:
     """Find what a manifest lacks, or has that no manifest of a conversion has."""
-    for name in sorted(TOP_LEVEL ^ manifest.keys()):
+    for name in sorted(TOP_LEVEL ^ (manifest.keys() - {_NOTES})):
         what = "is missing" if name in TOP_LEVEL else "is not known"
         yield Fault("manifest", name, f"the field {what}")
     if manifest.get("schema") != 1 or manifest.get("kind") != "base-to-pissa":
@@ -30,6 +31,9 @@ def shape_faults(manifest: Mapping[str, Any]) -> Iterator[Fault]:
             f"schema {manifest.get('schema')!r}, kind {manifest.get('kind')!r}: the output of a "
             "base-to-pissa conversion is wanted",
         )
+    notes = manifest.get(_NOTES, [""])
+    if not (isinstance(notes, list) and notes and all(isinstance(note, str) for note in notes)):
+        yield Fault("manifest", _NOTES, "it is no list of sentences")
     versions = manifest.get("versions")
     if not isinstance(versions, dict) or "pissa-service" not in versions:
         yield Fault("manifest", "versions", "it does not say what made it")

@@ -14,6 +14,7 @@ from torch import Tensor
 from pissa_core.errors import CheckpointError
 from pissa_core.events import MatrixDone, ShardStarted
 from pissa_core.layout import TensorInfo, read_header, read_layout
+from pissa_core.layout.sidefiles import INITIAL
 from pissa_core.plan import Matrix, row_of
 from pissa_core.ports import CheckpointSource
 from pissa_core.tensorfile import TORCH_DTYPES, empty
@@ -21,7 +22,7 @@ from pissa_core.verify.case import OTHERS, Case, Fault, of_a_tool
 from pissa_core.verify.matrix import UNIT, Recombination
 from pissa_core.verify.reading import PIECE, Original, Tape, first_difference, pieces
 
-ADAPTER = "pissa_init/adapter_model.safetensors"
+ADAPTER = f"{INITIAL}/adapter_model.safetensors"
 
 
 @dataclass(slots=True)

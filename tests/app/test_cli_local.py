@@ -151,6 +151,29 @@ def test_convert_prints_the_result_as_json(llama: Path, tmp_path: Path) -> None:
     assert any(line.startswith("converting: 14/14 matrices") for line in lines)
 
 
+def test_what_has_no_effect_is_said_by_plan_and_conversion(llama: Path, tmp_path: Path) -> None:
+    config = ("--target-modules", "q_proj", "--target-modules", "v_porj", "--rank", "4")
+    note = "note: no module is named 'v_porj', as target_modules has it; similar names"
+    planned = pissa("plan", llama, *config)
+    converted = pissa("convert", llama, "--out", tmp_path / "out", *config, "--json")
+    assert note in planned.stdout
+    assert note in converted.stderr
+    told = json.loads(converted.stdout)["notes"]
+    assert note.removeprefix("note: ") in told[0]
+    assert json.loads((tmp_path / "out" / "pissa_manifest.json").read_bytes())["notes"] == told
+    verified = pissa("verify", "--original", llama, "--converted", tmp_path / "out")
+    assert verified.returncode == 0, verified.stdout
+
+
+def test_a_residual_that_is_converted_again_is_noticed(llama: Path, tmp_path: Path) -> None:
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    first = pissa("convert", llama, "--out", once, "--rank", "4", "--json")
+    second = pissa("convert", once, "--out", twice, "--rank", "4", "--json")
+    assert "notes" not in json.loads(first.stdout)
+    assert "note: the model is itself a residual" in second.stderr
+    assert json.loads(second.stdout)["matrices"] == 14
+
+
 def test_convert_prints_how_to_load_the_result(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = pissa("convert", llama, "--out", "./out", "--rank", "4", cwd=tmp_path)

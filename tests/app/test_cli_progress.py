@@ -219,7 +219,7 @@ def test_the_public_plan_has_the_fields_of_the_contract() -> None:
     assert list(public) == [
         "source", "commit", "model_class", "names_from", "matrices", "refused", "left_out",
         "bytes", "peak_memory_bytes", "peak_disk_bytes", "peak_device_memory_bytes",
-        "trainable_parameters", "divided",
+        "trainable_parameters", "divided", "notes",
     ]  # fmt: skip
     assert public["matrices"][0] == {
         "module": "model.layers.0.self_attn.q_proj",

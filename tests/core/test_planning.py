@@ -61,7 +61,7 @@ def test_a_plan_survives_json(name: str, tmp_path: Path) -> None:
     save_model(name, tmp_path)
     task = "SEQ_CLS" if name == "roberta-cls" else None
 
-    made = plan(tmp_path, task_type=task)
+    made = replace(plan(tmp_path, task_type=task), notes=("something to know",))
 
     again = Plan.from_json(made.to_json())
     assert again == replace(made, config=again.config, adapter_config=again.adapter_config)

@@ -88,6 +88,12 @@ def metadata_of(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
 
+def test_manifest_holds_what_the_plan_noted():
+    plan = make_plan(notes=("no module is named 'q_prj'",))
+    content = json.loads(manifest(plan, make_rows(plan), FILES))
+    assert content["notes"] == ["no module is named 'q_prj'"]
+
+
 def test_manifest_says_what_the_contract_names():
     plan = make_plan()
     rows = make_rows(plan)
@@ -183,7 +189,7 @@ def test_card_keeps_the_source_card_and_its_licence_below_ours():
     "source",
     [
         None,
-        "---\nlicense: other\nlicense_name: '0123: #x'\ntags: ['yes', 'é', '- a', 'a: b']\n---\nText",
+        "---\nlicense: other\nlicense_name: '012: #x'\ntags: ['yes', 'é', '- a']\n---\nText",
         "---\nlanguage: ['no', en]\n---\nBody\r\n---\nmore: of it\n---\n",
     ],
 )

@@ -296,14 +296,28 @@ def test_matrices_are_those_of_the_checkpoint_s_own_keys(tmp_path: Path) -> None
     [
         ({"rank_pattern": {"c_attn": 2}}, "rank_pattern keys did not match any targeted module"),
         ({"exclude_modules": ["c_attn"]}, "no modules were excluded"),
+        ({"target_modules": ["q_proj", "v_porj"]}, "'v_porj', as target_modules has it; similar "),
+        ({"target_modules": ["q_proj", "zzz"]}, "no module is named 'zzz', as target_modules has"),
     ],
 )
-def test_a_setting_without_effect_is_logged(
-    config: dict[str, Any], remark: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_setting_without_effect_is_noted(
+    config: dict[str, Any], remark: str, tmp_path: Path
 ) -> None:
-    resolve(save_model("llama", tmp_path), **config)
+    targets = resolve(save_model("llama", tmp_path), **config)
 
-    assert remark in caplog.text
+    assert targets.refused == ()
+    assert len(targets.notes) == 1
+    assert remark in targets.notes[0]
+
+
+def test_a_target_that_other_settings_drop_is_not_noted(tmp_path: Path) -> None:
+    targets = resolve(
+        save_model("llama", tmp_path),
+        target_modules=["q_proj", "k_proj"],
+        exclude_modules=["k_proj"],
+    )
+
+    assert targets.notes == ()
 
 
 def test_the_prefix_of_a_head_s_checkpoint_is_dropped_for_the_bare_class(tmp_path: Path) -> None:

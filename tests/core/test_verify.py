@@ -175,6 +175,7 @@ CLAIMS: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
     "an unknown field": (lambda m: m["config"].update(rnak=5), "manifest", "no such field"),
     "config, defaults gone": (lambda m: m["config"].pop("svd"), "manifest", "not the whole config"),
     "kind": (lambda m: m.update(kind="pissa-to-base"), "manifest", "kind 'pissa-to-base'"),
+    "notes": (lambda m: m.update(notes="one"), "manifest", "no list of sentences"),
     "source": (lambda m: m["source"].update(commit="abc"), "manifest", "the original is"),
     "a field is gone": (lambda m: m.pop("versions"), "manifest", "the field is missing"),
 }

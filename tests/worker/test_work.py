@@ -99,6 +99,14 @@ def test_events_tell_the_whole_way(service: Service, model: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_job_tells_what_has_no_effect(service: Service, model: Path) -> None:
+    job = run(service.store, request(model, target_modules=["q_proj", "k_porj"]))
+    planned = [event for event in service.store.events(job.id)[0] if event.type == "planned"]
+    assert job.result is not None
+    assert "no module is named 'k_porj'" in job.result["notes"][0]
+    assert planned[0].data["notes"] == job.result["notes"]
+
+
 def test_a_plan_is_made_without_a_job(service: Service, model: Path) -> None:
     plan_id = service.store.request_plan(request(model), hub_token=None)
     plan = service.store.plan_result(plan_id, timeout_s=60)

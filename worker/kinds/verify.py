@@ -25,14 +25,15 @@ _FINDING = "finding:"
 
 def _prepare(context: Context, claim: Claim, hold: Hold) -> None:
     from pissa_core.fold.adapter import adapter_size
-    from pissa_core.verify.asking import FOLDER, make_case, model_size
+    from pissa_core.layout.sidefiles import INITIAL
+    from pissa_core.verify.asking import make_case, model_size
 
     request = context.request_of(claim, Verify)
     original, converted = (
         context.source(claim, ref) for ref in (request.original, request.converted)
     )
     context.check_size(converted.ref, model_size(converted))
-    context.check_size(converted.ref, adapter_size(converted, FOLDER))
+    context.check_size(converted.ref, adapter_size(converted, INITIAL))
     case = make_case(original, converted)
     context.check_ranks(converted.ref, (matrix.rank for matrix in case.matrices))
     hold.check()

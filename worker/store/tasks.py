@@ -30,6 +30,8 @@ class Work(Protocol):
     def shards(self) -> Sequence[WorkShard]: ...  # noqa: D102
     @property
     def matrices(self) -> Sequence[object]: ...  # noqa: D102
+    @property
+    def notes(self) -> Sequence[str]: ...  # noqa: D102
     def to_json(self) -> str: ...  # noqa: D102
 
 
@@ -169,6 +171,7 @@ class TaskStore:
             shards=[shard.path for shard in plan.shards],
             matrices=len(plan.matrices),
             bytes=sum(shard.size for shard in plan.shards),
+            notes=list(plan.notes),
         )
 
     def shard_started(self, claim: Claim, shard: str, matrices: int, resumed: int) -> Stop | None:

@@ -153,7 +153,8 @@ function ops.planned(a)
   redis.call('SADD', 'pissa:staging:' .. a.digest, a.id)
   redis.call('ZREM', 'pissa:over', a.digest)
   redis.call('SET', sub(a.id, 'plan'), a.plan)
-  emit(a.id, 'planned', { matrices = a.matrices, bytes = a.bytes, shards = #a.shards })
+  emit(a.id, 'planned', { matrices = a.matrices, bytes = a.bytes, shards = #a.shards,
+    notes = #a.notes > 0 and a.notes or nil })
   if get(a.id, 'ending') then
     maybe_end(a.id)
     return {}
