@@ -1,8 +1,10 @@
-"""transformers and PEFT without what a plan has no use for: torch's compiler, DTensor, scipy.
+"""torch, transformers and PEFT without what a plan has no use for.
 
-Those are a third of all modules and of the seconds. Only a process of one plan may do so: of what
-it has imported, functions that torch's compiler should have wrapped stay plain, and transformers
-is as with a torch that was built without distribution. A plan runs no forward pass.
+Of torch: its kernels in Python for the meta device; of all three: torch's compiler, DTensor, scipy.
+Together those are half of all modules and of the seconds. Only a process of one plan may do so: of
+what it has imported, functions that torch's compiler should have wrapped stay plain, transformers
+is as with a torch that was built without distribution, and `torch.Generator` is missing. A plan
+runs no forward pass and draws no numbers.
 """
 
 from __future__ import annotations
@@ -11,14 +13,40 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
 
+_KERNELS = "torch._meta_registrations"
 _COMPILER = "torch._dynamo"
 _MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op"
 _LIBRARIES = ("transformers", "peft", "accelerate")
 _OURS = "pissa_core.targets."
 _DECORATORS = ("disable", "assume_constant_result", "allow_in_graph", "disallow_in_graph")
+
+
+def import_torch() -> None:
+    """Import torch without its kernels in Python for the meta device, a third of its seconds.
+
+    Without them some operations on meta tensors raise `NotImplementedError`: 31 of 890 classes of
+    transformers use one as they are built, and Llama does with the positions of its third
+    generation. Only `torch.Generator` needs them besides. Whatever asks for the module by name, as
+    torch's compiler does, gets it.
+    """
+    if "torch" in sys.modules:
+        return
+    _StandIn.take_place(_KERNELS, {})
+    import torch
+
+    if isinstance(sys.modules.get(_KERNELS), _StandIn):
+        del sys.modules[_KERNELS]
+        vars(torch).pop(_KERNELS.rpartition(".")[2], None)
+        sys.meta_path.insert(0, _KernelsFirst())
+
+
+def import_kernels() -> None:
+    """Import what `import_torch` left out."""
+    importlib.import_module(_KERNELS)
 
 
 def import_for_a_plan() -> None:
@@ -35,7 +63,8 @@ def import_for_a_plan() -> None:
 
 
 def import_everything() -> None:
-    """Import both libraries whole, and what builds on them, whatever has been imported of them."""
+    """Import all of the libraries, and what builds on them, whatever has been imported of them."""
+    import_kernels()
     for name, module in list(sys.modules.items()):
         theirs = name.partition(".")[0] in _LIBRARIES or name.startswith(_OURS)
         if theirs or isinstance(module, _StandIn):
@@ -69,6 +98,16 @@ def _not_distributed() -> Iterator[None]:
         yield
     finally:
         torch.distributed.is_available = said
+
+
+class _KernelsFirst(MetaPathFinder):
+    """Has torch's compiler find the kernels imported, on which it relies."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        """Find nothing itself."""
+        if name == _COMPILER:
+            sys.meta_path.remove(self)
+            import_kernels()
 
 
 class _StandIn(ModuleType):

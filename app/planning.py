@@ -16,13 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app.lean import import_everything, import_for_a_plan
-from pissa_core.errors import OutOfMemory, PissaError, UnsupportedArchitecture
+from app.lean import (
+    import_everything,
+    import_for_a_plan,
+    import_kernels,
+    import_torch,
+)
+from pissa_core.errors import OutOfMemory, PissaError, UnsupportedArchitecture, UnsupportedModule
 from pissa_core.plan import Plan
 from pissa_core.refs import parse_ref
 from pissa_core.spec import parse_config
 from pissa_core.verify.case import Case
-from worker.bounds import ABSURD, bound_planning
 
 
 def main() -> None:
@@ -33,8 +37,11 @@ def main() -> None:
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     asked = json.loads(sys.stdin.buffer.readline())
-    bound_planning()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    import_torch()
+    from worker.bounds import bound_planning
+
+    bound_planning()
     with answer_to:
         json.dump(_answer(asked), answer_to)
     # The libraries' own clearing up takes a second, and nobody waits for anything of theirs.
@@ -49,6 +56,7 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
         return {"error": error.as_dict()}
     except (MemoryError, RuntimeError) as error:
         from pissa_core.decompose import ran_out_of_memory
+        from worker.bounds import ABSURD
 
         if not ran_out_of_memory(error):
             raise
@@ -70,16 +78,26 @@ def _conversion(asked: dict[str, Any]) -> Plan:
     import_for_a_plan()
     limits = _limits(asked)
     config = parse_config(asked["config"])
-    try:
-        plan = make_plan(source, config, layout=layout, **limits)
-    except UnsupportedArchitecture:  # perhaps for want of what was not imported
-        import_everything()
-        plan = make_plan(source, config, layout=layout, **limits)
+    plan = _with_what_it_takes(lambda: make_plan(source, config, layout=layout, **limits))
     check_budgets(plan, source, **_budgets(limits))
     return plan
 
 
+def _with_what_it_takes(make: Callable[[], Plan]) -> Plan:
+    """Make a plan; what refuses it is perhaps no more than the want of what was not imported."""
+    for import_more in (import_kernels, import_everything):
+        try:
+            plan = make()
+            if all(refusal.code != UnsupportedModule.code for refusal in plan.refused):
+                return plan
+        except (UnsupportedArchitecture, UnsupportedModule):
+            pass
+        import_more()
+    return make()
+
+
 def _fold(asked: dict[str, Any]) -> Plan:
+    import_kernels()
     from pissa_core.adapters import open_source
     from pissa_core.admission import check_budgets
     from pissa_core.fold.planning import make_fold_plan
@@ -102,6 +120,7 @@ def _budgets(limits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _case(asked: dict[str, Any]) -> Case:
+    import_kernels()
     from pissa_core.adapters import open_source
     from pissa_core.verify.asking import make_case
 

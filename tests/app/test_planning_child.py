@@ -17,7 +17,8 @@ from pissa_core.spec import parse_config
 _BEGIN = """
 import json, sys
 from pathlib import Path
-from app.lean import import_for_a_plan
+from app.lean import import_for_a_plan, import_torch
+import_torch()
 import_for_a_plan()
 def there(*names):
     print(*(getattr(sys.modules.get(name), "__file__", None) is not None for name in names))
@@ -36,7 +37,7 @@ from pissa_core.planning import make_plan
 from pissa_core.spec import parse_config
 for folder, config in json.loads(sys.stdin.read()):
     print(json.dumps(make_plan(LocalSource(Path(folder)), parse_config(config)).to_json()))
-there("torch._dynamo", "torch.distributed.tensor")
+there("torch._dynamo", "torch.distributed.tensor", "torch._meta_registrations")
 """
 _COMPILE = """
 import torch
@@ -64,14 +65,45 @@ def test_all_architectures_are_planned_as_with_all_of_the_libraries(tmp_path: Pa
         for name in tinymodels.MODELS
     ]
     *plans, last = said(_BEGIN, _PLAN_ALL, asked=json.dumps(asked))[1:]
-    assert last == "False False"
+    assert last == "False False False"
     for (folder, config), plan in zip(asked, plans, strict=True):
         whole = make_plan(LocalSource(Path(folder)), parse_config(config))
         assert json.loads(plan) == whole.to_json()
 
 
-def test_the_compiler_is_itself_again_afterwards() -> None:
-    assert said(_BEGIN, _COMPILE)[-1] == "2.0"
+_PLAN_WITH_WHAT_IT_TAKES = """
+import json, sys
+from app.lean import import_torch
+from app.planning import _make
+import_torch()
+plan = _make(json.loads(sys.stdin.read()))
+print(json.dumps(plan.to_json()))
+print(*(name in sys.modules for name in ("torch._meta_registrations", "scipy")))
+"""
+_LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rope", "kernels"), [({}, "False"), (_LLAMA_3, "True")])
+def test_kernels_for_meta_tensors_are_imported_where_a_class_needs_them(
+    rope: dict[str, object], kernels: str, tmp_path: Path
+) -> None:
+    folder = tinymodels.save_model("llama", tmp_path / "llama")
+    config = json.loads((folder / "config.json").read_bytes())
+    config["rope_parameters"].update(rope)
+    (folder / "config.json").write_text(json.dumps(config))
+    asked = {"model": str(folder), "config": {"rank": 2}, "limits": {}}
+    plan, there = said(_PLAN_WITH_WHAT_IT_TAKES, asked=json.dumps(asked))
+    assert there == f"{kernels} False"
+    whole = make_plan(LocalSource(folder), parse_config({"rank": 2}))
+    assert json.loads(plan) == whole.to_json()
+
+
+@pytest.mark.parametrize("begin", [_BEGIN, "from app.lean import import_torch as it\nit()\n"])
+def test_the_compiler_is_itself_again_afterwards(begin: str) -> None:
+    assert said(begin, _COMPILE)[-1] == "2.0"
 
 
 _ASKS_FOR_MORE = """

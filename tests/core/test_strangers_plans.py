@@ -127,9 +127,16 @@ fields = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(fields, anything, min_size=1, max_size=3))
 def test_a_config_may_say_anything(planner, changes):
+    planner.code(**changes)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(fields, anything, min_size=1, max_size=3))
+def test_a_config_may_say_anything_else(planner, changes):
     planner.code(**changes)
 
 
