@@ -1,14 +1,15 @@
-"""torch, transformers and PEFT without what a plan has no use for.
+"""torch, transformers and PEFT without what a command has no use for.
 
-Of torch: its kernels in Python for the meta device; of all three: torch's compiler, DTensor, scipy.
-Together those are half of all modules and of the seconds. Only a process of one plan may do so: of
-what it has imported, functions that torch's compiler should have wrapped stay plain, transformers
-is as with a torch that was built without distribution, and `torch.Generator` is missing. A plan
-runs no forward pass and draws no numbers.
+Of torch: its kernels in Python for the meta device. Of the others, in a process of one plan:
+torch's compiler, DTensor, scipy. Together those are half of all modules and of the seconds. Such a
+process has functions that torch's compiler should have wrapped and that stay plain, and
+transformers as with a torch that was built without distribution. A plan runs no forward pass.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import importlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 _KERNELS = "torch._meta_registrations"
+_GENERATORS = "torch._prims.rng_prims"
 _COMPILER = "torch._dynamo"
 _MASKS = f"{_COMPILER}._trace_wrapped_higher_order_op"
 _LIBRARIES = ("transformers", "peft", "accelerate")
@@ -49,6 +51,34 @@ def import_kernels() -> None:
     importlib.import_module(_KERNELS)
 
 
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import torch as work on a CPU needs it, and what the block imports, without the collector.
+
+    That would go through a million new objects again and again.
+    """
+    gc.disable()
+    try:
+        import_torch()
+        _import_generators()
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _import_generators() -> None:
+    import torch
+
+    try:
+        if torch.version.cuda or torch.version.hip:
+            raise ImportError("what a GPU's kernels need besides was never measured")
+        importlib.import_module(_GENERATORS)
+        torch.Generator()
+    except (ImportError, RuntimeError):
+        import_kernels()
+
+
 def import_for_a_plan() -> None:
     """Import what a plan needs; all of it where less does not do."""
     # Models' modules ask the compiler to leave functions alone, as they are imported, and torch
@@ -56,7 +86,7 @@ def import_for_a_plan() -> None:
     _StandIn.take_place(_COMPILER, dict.fromkeys(_DECORATORS, _undecorated))
     _StandIn.take_place(_MASKS, {"TransformGetItemToIndex": nullcontext})
     try:
-        with _unseen_scipy(), _not_distributed():
+        with _unseen_scipy(), _not_distributed(), _roomy_caches():
             import pissa_core.targets.injection  # noqa: F401 - imports both libraries
     except Exception:  # noqa: BLE001 - whatever a release to come asks for
         import_everything()
@@ -98,6 +128,25 @@ def _not_distributed() -> Iterator[None]:
         yield
     finally:
         torch.distributed.is_available = said
+
+
+@contextmanager
+def _roomy_caches() -> Iterator[None]:
+    """Have caches hold all there is.
+
+    transformers lists its 550 folders of models, by reading every file, with a cache of 128, and
+    then does so again.
+    """
+    bounded = functools.lru_cache
+
+    def roomy(maxsize: Any = None, typed: bool = False) -> Any:
+        return bounded(None)(maxsize) if callable(maxsize) else bounded(None, typed)
+
+    functools.lru_cache = roomy
+    try:
+        yield
+    finally:
+        functools.lru_cache = bounded
 
 
 class _KernelsFirst(MetaPathFinder):

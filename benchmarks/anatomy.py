@@ -124,7 +124,8 @@ def main() -> None:
     torch.set_num_threads(1)
     fixed = {
         "the command: Python, torch, the engine": child_seconds(
-            "import gc; gc.disable(); import app.cli.local, pissa_core.engine"
+            "import app.cli.local, app.lean\n"
+            "with app.lean.quick_imports(): import pissa_core.engine"
         ),
         "the planner: torch, transformers, PEFT, the model's skeleton": planner_seconds(source, 16),
         "reading and writing the bytes, as `cp` + fsync does": copy_seconds(file, work),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from app.cli.planner import planning
 from app.cli.progress import Display, Pace, Snapshot, pause_line
 from app.cli.tables import repo_and_revision
+from app.lean import quick_imports
 from pissa_core.errors import OutputExists, PissaError, SourceChanged
 from pissa_core.events import (
     Event,
@@ -94,7 +94,7 @@ class Conversion:
             # torch is imported here while the child plans; an output that cannot be is found
             # long before the plan is made.
             os.environ.setdefault(*HUGE_PAGES)
-            with _no_collecting():
+            with quick_imports():
                 from pissa_core.engine import convert as run_engine
                 from pissa_core.headstart import HeadStart
                 from pissa_core.runtime import Runtime, resolve
@@ -177,17 +177,6 @@ def noting(shown: Display) -> Notice:
             shown.note(pause_line(pause.seconds, pause.error.message))
 
     return note
-
-
-@contextmanager
-def _no_collecting() -> Iterator[None]:
-    """Keep the collector from going through a million new objects while modules are imported."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from app.cli.conversion import Follower, Result, noting, scratch_folder, scratch_for
 from app.cli.planner import asking
 from app.cli.progress import Display, Snapshot
+from app.lean import quick_imports
 from pissa_core.errors import OutputExists, SourceChanged
 from pissa_core.events import Event
 from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
@@ -41,8 +42,9 @@ class FoldingRun:
         asked["adapter"] = str(self.adapter)
         limits = {**self.limits, "scratch": scratch_for(self.out)}
         with asking(asked, debug=self.debug, **limits) as pending:
-            from pissa_core.engine import carry_out
-            from pissa_core.runtime import Runtime, resolve
+            with quick_imports():
+                from pissa_core.engine import carry_out
+                from pissa_core.runtime import Runtime, resolve
 
             runtime = Runtime(
                 self.device,

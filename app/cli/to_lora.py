@@ -25,6 +25,7 @@ from app.cli.options import (
 from app.cli.outputs import options_of, output_options, required_output
 from app.cli.progress import Display, Pace, Snapshot, display
 from app.cli.units import count, duration, size
+from app.lean import quick_imports
 from pissa_core.errors import InvalidConfig, PissaError
 from pissa_core.events import MatrixDone, Published, Publishing
 from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
@@ -137,12 +138,13 @@ class Way:
         """Plan, convert, publish; return the result and the class that loads its base."""
         began = time.monotonic()
         shown.show(Snapshot("planning"))
-        from pissa_core.adapters import open_source
-        from pissa_core.engine import is_hopeless
-        from pissa_core.lora.classes import class_for
-        from pissa_core.lora.conversion import convert_adapter
-        from pissa_core.lora.planning import check_lora_plan, make_lora_plan, open_adapters
-        from pissa_core.runtime import Runtime, resolve
+        with quick_imports():
+            from pissa_core.adapters import open_source
+            from pissa_core.engine import is_hopeless
+            from pissa_core.lora.classes import class_for
+            from pissa_core.lora.conversion import convert_adapter
+            from pissa_core.lora.planning import check_lora_plan, make_lora_plan, open_adapters
+            from pissa_core.runtime import Runtime, resolve
 
         runtime = Runtime(self.device, self.slots, self.memory_budget, self.disk_budget)
         resolve(runtime)

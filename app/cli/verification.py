@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from app.cli import tables
 from app.cli.planner import asking
 from app.cli.progress import Display, Pace, Snapshot
+from app.lean import quick_imports
 from pissa_core.errors import SourceChanged
 from pissa_core.events import MatrixDone, ShardStarted
 from pissa_core.refs import Ref
@@ -38,10 +39,11 @@ class Verification:
         asked = {"kind": "verify", "original": str(self.original)}
         asked["converted"] = str(self.converted)
         with asking(asked, debug=self.debug) as pending:
-            from pissa_core.adapters import open_source
-            from pissa_core.verify.case import Case
-            from pissa_core.verify.examine import Compared, Examined, examine
-            from pissa_core.verify.report import make_report
+            with quick_imports():
+                from pissa_core.adapters import open_source
+                from pissa_core.verify.case import Case
+                from pissa_core.verify.examine import Compared, Examined, examine
+                from pissa_core.verify.report import make_report
 
             sources = [open_source(ref) for ref in (self.original, self.converted)]
             case = Case.from_json(pending.text())
