@@ -11,12 +11,16 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 from typing import Any
+
+ONE_THREAD = ("OPENBLAS_NUM_THREADS", "1")
+"""Has NumPy, whose products nobody wants, start no threads that wait for some in a busy loop."""
 
 _KERNELS = "torch._meta_registrations"
 _GENERATORS = "torch._prims.rng_prims"
@@ -58,6 +62,7 @@ def quick_imports() -> Iterator[None]:
     That would go through a million new objects again and again.
     """
     gc.disable()
+    os.environ.setdefault(*ONE_THREAD)
     try:
         import_torch()
         _import_generators()

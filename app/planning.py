@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from app.lean import (
+    ONE_THREAD,
     import_everything,
     import_for_a_plan,
     import_kernels,
@@ -37,6 +38,7 @@ def main() -> None:
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     asked = json.loads(sys.stdin.buffer.readline())
+    os.environ.setdefault(*ONE_THREAD)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import_torch()
     from worker.bounds import bound_planning

@@ -28,6 +28,7 @@ _MODULES = {
     "submission": ("submit",),
     "to_lora": ("to-lora",),
 }
+_SERVING = f"{__name__}.service"
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
@@ -70,7 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         pissa.main(prog_name="pissa")
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(_run(_debug_first(given)))
+    status = _run(_debug_first(given))
+    if status == ExitStatus.DONE and "torch" in sys.modules and _SERVING not in sys.modules:
+        # What torch clears up takes a tenth of a second, and nothing of a command is left open.
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _run(arguments: list[str]) -> int:
