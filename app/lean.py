@@ -20,7 +20,11 @@ from types import ModuleType
 from typing import Any
 
 ONE_THREAD = ("OPENBLAS_NUM_THREADS", "1")
-"""Has NumPy, whose products nobody wants, start no threads that wait for some in a busy loop."""
+"""Has OpenBLAS, which NumPy brings along, start no threads: they wait in a busy loop.
+
+Nobody asks NumPy for a product, and where torch itself is linked with OpenBLAS, a matrix in flight
+has one thread all the same.
+"""
 
 _KERNELS = "torch._meta_registrations"
 _GENERATORS = "torch._prims.rng_prims"
@@ -36,8 +40,8 @@ def import_torch() -> None:
 
     Without them some operations on meta tensors raise `NotImplementedError`: 31 of 890 classes of
     transformers use one as they are built, and Llama does with the positions of its third
-    generation. Only `torch.Generator` needs them besides. Whatever asks for the module by name, as
-    torch's compiler does, gets it.
+    generation. `torch.Generator` needs them, too, and torch's compiler takes them for imported:
+    the one is made good by `quick_imports`, the other gets them when it is imported itself.
     """
     if "torch" in sys.modules:
         return
@@ -75,12 +79,13 @@ def quick_imports() -> Iterator[None]:
 def _import_generators() -> None:
     import torch
 
+    if torch.version.cuda or torch.version.hip:  # what a GPU needs of them was never measured
+        import_kernels()
+        return
     try:
-        if torch.version.cuda or torch.version.hip:
-            raise ImportError("what a GPU's kernels need besides was never measured")
         importlib.import_module(_GENERATORS)
         torch.Generator()
-    except (ImportError, RuntimeError):
+    except Exception:  # noqa: BLE001 - whatever a release to come asks for
         import_kernels()
 
 
@@ -144,8 +149,10 @@ def _roomy_caches() -> Iterator[None]:
     """
     bounded = functools.lru_cache
 
-    def roomy(maxsize: Any = None, typed: bool = False) -> Any:
-        return bounded(None)(maxsize) if callable(maxsize) else bounded(None, typed)
+    def roomy(maxsize: Any = 128, typed: bool = False) -> Any:
+        if callable(maxsize):
+            return bounded(None)(maxsize)
+        return bounded(maxsize and None, typed)  # 0 is for none at all
 
     functools.lru_cache = roomy
     try:
@@ -155,12 +162,14 @@ def _roomy_caches() -> Iterator[None]:
 
 
 class _KernelsFirst(MetaPathFinder):
-    """Has torch's compiler find the kernels imported, on which it relies."""
+    """Has torch's compiler find the kernels imported, on which it relies.
+
+    It stays where it is: other threads may be going through the list of finders.
+    """
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         """Find nothing itself."""
-        if name == _COMPILER:
-            sys.meta_path.remove(self)
+        if name == _COMPILER and _KERNELS not in sys.modules:
             import_kernels()
 
 

@@ -87,14 +87,22 @@ def _conversion(asked: dict[str, Any]) -> Plan:
 
 def _with_what_it_takes(make: Callable[[], Plan]) -> Plan:
     """Make a plan; what refuses it is perhaps no more than the want of what was not imported."""
-    for import_more in (import_kernels, import_everything):
-        try:
-            plan = make()
-            if all(refusal.code != UnsupportedModule.code for refusal in plan.refused):
-                return plan
-        except (UnsupportedArchitecture, UnsupportedModule):
-            pass
-        import_more()
+    try:
+        return make()
+    except (UnsupportedArchitecture, UnsupportedModule) as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            return _with_everything(make, error)
+    import_kernels()
+    try:
+        return make()
+    except UnsupportedArchitecture as error:
+        return _with_everything(make, error)
+
+
+def _with_everything(make: Callable[[], Plan], error: PissaError) -> Plan:
+    if isinstance(error, UnsupportedModule):  # a class that was built is whole
+        raise error
+    import_everything()
     return make()
 
 

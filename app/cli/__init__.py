@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import click
 
@@ -34,6 +34,10 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 class Commands(Mapping[str, click.Command]):
     """The commands by name, each imported when it is asked for."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return one; what goes wrong while it is imported is not taken for its absence."""
+        return self[name] if name in _HOMES else default
 
     def __getitem__(self, name: str) -> click.Command:
         module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
@@ -73,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         signal.signal(signal.SIGTERM, _interrupt)
     status = _run(_debug_first(given))
     if status == ExitStatus.DONE and "torch" in sys.modules and _SERVING not in sys.modules:
-        # What torch clears up takes a tenth of a second, and nothing of a command is left open.
+        # What torch clears up takes a tenth of a second, and nothing of a command is left open. A
+        # service has processes to end, which it does at its exit.
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

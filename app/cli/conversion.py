@@ -65,7 +65,7 @@ class Result:
             "peak_memory_bytes": self.peak_memory_bytes,
             **self.totals,
             "passed": None,
-            **({"notes": list(self.notes)} if self.notes else {}),
+            "notes": list(self.notes),
         }
 
     def how_to_load(self) -> tuple[str, str | None, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,13 +19,14 @@ from pissa_core.errors import InvalidConfig, PissaError, UnsupportedModule
 from pissa_core.plan import Refusal
 from pissa_core.spec import PissaConfig
 from pissa_core.targets.adapter_config import saved_config
-from pissa_core.targets.nothing import explain_nothing, names_of_nothing
+from pissa_core.targets.notes import notes_on
+from pissa_core.targets.nothing import explain_nothing
 from pissa_core.targets.skeleton import Skeleton
 from pissa_core.targets.tasks import HEADS
 
 PREFIX = "base_model.model."
 _ADAPTER = "default"
-_WORTH_SAYING = re.compile(
+_ABOUT_THE_CONFIG = re.compile(
     r"You have passed exclude_modules=|The following (rank|alpha)_pattern keys did not match"
 )
 _SETTLED = re.compile(
@@ -100,11 +101,7 @@ def inject(
     """
     modules = dict(skeleton.model.named_modules())
     try:
-        with peft_remarks() as worth_saying:
-            wrapped = _wrap(skeleton, config, task)
-        injection = _read_back(wrapped, skeleton, task, modules)
-        notes = (*names_of_nothing(config, modules), *worth_saying)
-        return dataclasses.replace(injection, notes=notes)
+        return _read_back(*_wrap(skeleton, config, task, modules), skeleton, task, modules)
     except (PissaError, MemoryError):
         raise
     except NoMatchingPeftModuleError as error:
@@ -125,11 +122,22 @@ def inject(
 
 
 def _wrap(
-    skeleton: Skeleton, config: PissaConfig, task: str | None, without: Iterable[str] = ()
-) -> PeftModel:
+    skeleton: Skeleton,
+    config: PissaConfig,
+    task: str | None,
+    modules: Mapping[str, nn.Module],
+    without: Iterable[str] = (),
+) -> tuple[PeftModel, tuple[str, ...]]:
+    """Let PEFT inject its layers; return what it made, and what of the config has no effect."""
     # A tree of unknown class lacks the methods that PEFT's task classes ask for, and needs none.
     lora = _lora_config(config, task, with_task=skeleton.native, without=without)
-    return get_peft_model(skeleton.model, lora, low_cpu_mem_usage=True)
+    asked = copy.copy(lora.target_modules)
+    with peft_remarks() as remarks:
+        wrapped = get_peft_model(skeleton.model, lora, low_cpu_mem_usage=True)
+    # Names of an older transformers are the new ones' to PEFT, and none of them is a module.
+    found = wrapped.peft_config[_ADAPTER].target_modules
+    translated = isinstance(asked, set) and found != asked
+    return wrapped, notes_on(config, None if translated else modules, remarks)
 
 
 def _lora_config(
@@ -161,20 +169,21 @@ def _excluding(excluded: str | list[str] | None, more: list[str]) -> str | list[
 
 @contextlib.contextmanager
 def peft_remarks() -> Iterator[list[str]]:
-    """Sort PEFT's warnings: drop what the plan settles, collect what the user should know."""
-    worth_saying: list[str] = []
+    """Collect PEFT's warnings, but for what the plan settles; others' go where they always go."""
+    remarks: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield worth_saying
+        yield remarks
     for remark in caught:
-        if _WORTH_SAYING.match(str(remark.message)):
-            worth_saying.append(" ".join(str(remark.message).split()))
+        if _ABOUT_THE_CONFIG.match(str(remark.message)):
+            remarks.append(" ".join(str(remark.message).split()))
         elif not _SETTLED.match(str(remark.message)):
             warnings.warn_explicit(remark.message, remark.category, remark.filename, remark.lineno)
 
 
 def _read_back(
     wrapped: PeftModel,
+    notes: tuple[str, ...],
     skeleton: Skeleton,
     task: str | None,
     modules: Mapping[str, nn.Module],
@@ -194,6 +203,7 @@ def _read_back(
         adapter_config=saved_config(wrapped.peft_config[_ADAPTER], skeleton, found, task),
         modules=tuple(modules),
         refused=refused,
+        notes=notes,
     )
 
 
@@ -220,11 +230,10 @@ def _without_refused(
     modules = dict(skeleton.model.named_modules())
     refusals = tuple(Refusal(name, "unsupported_module", why) for name, why in refused.items())
     try:
-        with peft_remarks():
-            wrapped = _wrap(skeleton, config, task, without=refused)
+        made = _wrap(skeleton, config, task, modules, without=refused)
     except NoMatchingPeftModuleError:
-        return Injection((), {}, {}, tuple(modules), refusals)
-    return _read_back(wrapped, skeleton, task, modules, refusals)
+        return Injection((), {}, {}, tuple(modules), refusals, notes_on(config, modules, ()))
+    return _read_back(*made, skeleton, task, modules, refusals)
 
 
 def _refused_by_peft(skeleton: Skeleton, config: PissaConfig, task: str | None) -> dict[str, str]:

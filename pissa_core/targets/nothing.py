@@ -1,15 +1,15 @@
-"""Names that are no module's: what was looked for, and what comes close."""
+"""Explain why no module is a target: what was looked for, and what comes close."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pissa_core.errors import NothingMatched
 from pissa_core.spec import PissaConfig
+from pissa_core.targets.notes import close_to, linear_leaves
 
 
 def explain_nothing(config: PissaConfig, modules: Mapping[str, nn.Module]) -> NothingMatched:
@@ -26,21 +26,9 @@ def explain_nothing(config: PissaConfig, modules: Mapping[str, nn.Module]) -> No
     )
 
 
-def names_of_nothing(config: PissaConfig, modules: Iterable[str]) -> Iterator[str]:
-    """Yield a sentence for each of several targets that is the name of no module."""
-    if isinstance(config.target_modules, str):
-        return
-    paths = list(modules)
-    for name in config.target_modules:
-        if not _is_leaf(name, paths):
-            close = _close_to(name, {path.rpartition(".")[2] for path in paths})
-            similar = f"; similar names in this model: {', '.join(close)}" if close else ""
-            yield f"no module is named {name!r}, as target_modules has it{similar}"
-
-
 def _hint(config: PissaConfig, modules: Mapping[str, nn.Module]) -> str:
     linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))]
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    leaves = linear_leaves(modules)
     targets = config.target_modules
     if isinstance(targets, str) and _is_leaf(targets, linear):
         return (
@@ -48,16 +36,12 @@ def _hint(config: PissaConfig, modules: Mapping[str, nn.Module]) -> str:
             f'example; write ["{targets}"] to match by the end of the path'
         )
     wanted = [targets] if isinstance(targets, str) else targets
-    close = [match for name in wanted for match in _close_to(name, leaves)]
+    close = [match for name in wanted for match in close_to(name, leaves)]
     if any(_is_leaf(name, linear) for name in wanted) or targets == "all-linear":
         return "the targets exist, but exclude_modules, layers_to_transform or task_type drop them"
     if close:
         return f"similar names in this model: {', '.join(dict.fromkeys(close))}"
     return f"this model's linear modules end in {', '.join(leaves) or 'nothing'}"
-
-
-def _close_to(name: str, leaves: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name.rpartition(".")[2], sorted(leaves), n=3)
 
 
 def _is_leaf(name: str, modules: list[str]) -> bool:

@@ -31,8 +31,7 @@ def shape_faults(manifest: Mapping[str, Any]) -> Iterator[Fault]:
             f"schema {manifest.get('schema')!r}, kind {manifest.get('kind')!r}: the output of a "
             "base-to-pissa conversion is wanted",
         )
-    notes = manifest.get(_NOTES, [""])
-    if not (isinstance(notes, list) and notes and all(isinstance(note, str) for note in notes)):
+    if _NOTES in manifest and not _are_sentences(manifest[_NOTES]):
         yield Fault("manifest", _NOTES, "it is no list of sentences")
     versions = manifest.get("versions")
     if not isinstance(versions, dict) or "pissa-service" not in versions:
@@ -43,6 +42,10 @@ def shape_faults(manifest: Mapping[str, Any]) -> Iterator[Fault]:
     kinds = {frozenset(row) for row in _rows(manifest)}
     if len(kinds) > 1:
         yield Fault("manifest", "matrices", "not all rows have the same fields")
+
+
+def _are_sentences(notes: object) -> bool:
+    return isinstance(notes, list) and bool(notes) and all(isinstance(note, str) for note in notes)
 
 
 def row_faults(manifest: Mapping[str, Any], matrices: Iterable[Matrix]) -> Iterator[Fault]:

@@ -110,7 +110,10 @@ def test_verify_of_what_we_never_made_says_so_first(made, capsys):
     assert report["passed"] is False
     sentence = f"{made / 'model'} is no output of `pissa convert`: it has neither pissa_init/ nor "
     print_report(report)
-    assert capsys.readouterr().out.startswith(sentence)
+    printed = capsys.readouterr().out
+    assert printed.startswith(sentence)
+    assert "the faults are those of any other model; --json lists them" in printed
+    assert "fault[" not in printed
     print_first_faults(report)
     told = capsys.readouterr().out.splitlines()
     assert told[1].startswith(sentence)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tinymodels
+import torch
 
 from pissa_core.adapters.local import LocalSource
 from pissa_core.planning import make_plan
@@ -111,6 +112,19 @@ def test_kernels_for_meta_tensors_are_imported_where_a_class_needs_them(
 @pytest.mark.parametrize("begin", [_BEGIN, _BEGIN_WORK])
 def test_the_compiler_is_itself_again_afterwards(begin: str) -> None:
     assert said(begin, _COMPILE)[-1] == "2.0"
+
+
+@pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="of CPU builds alone")
+def test_work_on_a_cpu_needs_generators_and_no_other_kernels() -> None:
+    assert said(_BEGIN_WORK) == ["0 False"]
+
+
+def test_transformers_lists_its_models_once() -> None:
+    again = (
+        "from transformers.utils.import_utils import create_import_structure_from_path as made\n"
+    )
+    again += "print(made.cache_info().hits > 100)"
+    assert said(_BEGIN, again)[-1] == "True"
 
 
 _ASKS_FOR_MORE = """

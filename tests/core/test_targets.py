@@ -295,7 +295,10 @@ def test_matrices_are_those_of_the_checkpoint_s_own_keys(tmp_path: Path) -> None
     ("config", "remark"),
     [
         ({"rank_pattern": {"c_attn": 2}}, "rank_pattern keys did not match any targeted module"),
-        ({"exclude_modules": ["c_attn"]}, "no modules were excluded"),
+        (
+            {"exclude_modules": ["y", "x"]},
+            "exclude_modules=['y', 'x'] excludes none of the targets",
+        ),
         ({"target_modules": ["q_proj", "v_porj"]}, "'v_porj', as target_modules has it; similar "),
         ({"target_modules": ["q_proj", "zzz"]}, "no module is named 'zzz', as target_modules has"),
     ],
@@ -308,6 +311,29 @@ def test_a_setting_without_effect_is_noted(
     assert targets.refused == ()
     assert len(targets.notes) == 1
     assert remark in targets.notes[0]
+
+
+def test_notes_are_few_and_short(tmp_path: Path) -> None:
+    unknown = [f"{'x' * 5000}{i}" for i in range(3000)]
+    targets = resolve(save_model("llama", tmp_path), target_modules=["q_proj", *unknown, *unknown])
+
+    assert len(targets.notes) == 11
+    assert max(map(len, targets.notes)) < 500
+    assert targets.notes[-1] == "2990 more of target_modules are the names of no module"
+
+
+def test_a_name_that_peft_translates_is_not_noted(tmp_path: Path) -> None:
+    targets = resolve(save_model("mixtral", tmp_path), target_modules=["q_proj", "w1", "w3"])
+
+    assert targets.notes == ()
+
+
+def test_a_name_of_nothing_is_noted_where_peft_refuses_another_module(tmp_path: Path) -> None:
+    targets = resolve(save_model("llama", tmp_path), target_modules=["q_proj", "mlp", "zzz"])
+
+    assert [refusal.code for refusal in targets.refused] == ["unsupported_module"] * 2
+    assert len(targets.notes) == 1
+    assert "'zzz'" in targets.notes[0]
 
 
 def test_a_target_that_other_settings_drop_is_not_noted(tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ def _planned_source(context: Context, claim: Claim, plan: Plan) -> CheckpointSou
 
 def _figures(manifest: Mapping[str, Any]) -> dict[str, Any]:
     names = ("matrices", "energy", "max_missed", "max_recombination_error")
-    told = {"notes": manifest["notes"]} if "notes" in manifest else {}
-    return {**{name: manifest["totals"][name] for name in names}, "passed": None, **told}
+    figures = {name: manifest["totals"][name] for name in names}
+    return {**figures, "passed": None, "notes": manifest.get("notes", [])}
 
 
 KIND = Kind(_prepare, _shard, _publish, discard_staged)
