@@ -163,7 +163,7 @@ def anatomy(result: dict) -> str:
     lines += ["", *limits(result)]
     lines.append(
         "\nThe second goal of each rank is for a tolerance as niter_16's error. A process takes "
-        "up to a quarter more CPU time than these pieces alone: the kernel's for new pages, which "
+        "up to a third more CPU time than these pieces alone: the kernel's for new pages, which "
         "this machine's host has to find, and that of two cores that share their memory."
     )
     rates = result["gflops"]
