@@ -89,6 +89,7 @@ def _import_generators() -> None:
         import_kernels()
 
 
+@functools.cache
 def import_for_a_plan() -> None:
     """Import what a plan needs; all of it where less does not do."""
     # Models' modules ask the compiler to leave functions alone, as they are imported, and torch
@@ -102,6 +103,7 @@ def import_for_a_plan() -> None:
         import_everything()
 
 
+@functools.cache  # what was imported before stays in memory
 def import_everything() -> None:
     """Import all of the libraries, and what builds on them, whatever has been imported of them."""
     import_kernels()

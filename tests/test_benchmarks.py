@@ -126,6 +126,7 @@ def test_a_measured_process_that_fails_says_why(load):
         measure.run_measured([sys.executable, "-c", "raise SystemExit('no such luck')"])
 
 
+@pytest.mark.slow
 def test_peft_as_a_contender_and_its_figures(load, tiny, tmp_path):
     convert = load("convert")
     bench = convert.Bench(tmp_path, "cpu", rounds=1)
