@@ -250,6 +250,7 @@ def test_an_interrupted_demo_leaves_nothing_running(tmp_path):
     assert_ends_cleanly(start_demo(tmp_path), tmp_path, processes=3)
 
 
+@pytest.mark.slow
 def test_a_demo_of_something_that_is_no_model_says_so(tmp_path):
     (tmp_path / "models" / "empty").mkdir(parents=True)
     process = start_demo(tmp_path, "./models/empty")

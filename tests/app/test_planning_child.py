@@ -109,6 +109,7 @@ def test_kernels_for_meta_tensors_are_imported_where_a_class_needs_them(
     assert json.loads(plan) == whole.to_json()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begin", [_BEGIN, _BEGIN_WORK])
 def test_the_compiler_is_itself_again_afterwards(begin: str) -> None:
     assert said(begin, _COMPILE)[-1] == "2.0"
