@@ -167,9 +167,7 @@ def anatomy(result: dict) -> str:
         "up to a third more CPU time than these pieces alone: the kernel's for new pages, which "
         "this machine's host has to find, and that of two cores that share their memory. What is "
         "left of both cores' time are the command's own start, when nothing else can be done yet, "
-        "the wait for the disk and the last matrices. A conversion that follows another without "
-        "what the other contenders leave behind (their pages, a disk still busy) takes a fifth "
-        "less."
+        "the wait for the disk and the last matrices."
     )
     rates = result["gflops"]
     lines.append(

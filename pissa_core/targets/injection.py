@@ -19,16 +19,13 @@ from pissa_core.errors import InvalidConfig, PissaError, UnsupportedModule
 from pissa_core.plan import Refusal
 from pissa_core.spec import PissaConfig
 from pissa_core.targets.adapter_config import saved_config
-from pissa_core.targets.notes import notes_on
+from pissa_core.targets.notes import is_about_the_config, notes_on
 from pissa_core.targets.nothing import explain_nothing
 from pissa_core.targets.skeleton import Skeleton
 from pissa_core.targets.tasks import HEADS
 
 PREFIX = "base_model.model."
 _ADAPTER = "default"
-_ABOUT_THE_CONFIG = re.compile(
-    r"You have passed exclude_modules=|The following (rank|alpha)_pattern keys did not match"
-)
 _SETTLED = re.compile(
     r"fan_in_fan_out is set to|Model has `tie_word_embeddings=True`|Setting `save_embedding_layers`"
     r"|target_modules=.* were set but no module was matched"
@@ -175,7 +172,7 @@ def peft_remarks() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield remarks
     for remark in caught:
-        if _ABOUT_THE_CONFIG.match(str(remark.message)):
+        if is_about_the_config(str(remark.message)):
             remarks.append(" ".join(str(remark.message).split()))
         elif not _SETTLED.match(str(remark.message)):
             warnings.warn_explicit(remark.message, remark.category, remark.filename, remark.lineno)

@@ -33,6 +33,11 @@ def notes_on(
     return (*unknown, *_in_our_words(config, remarks))
 
 
+def is_about_the_config(remark: str) -> bool:
+    """Say whether a warning of PEFT's is one that `notes_on` knows."""
+    return any(known.match(remark) for known in (_NOTHING_EXCLUDED, _PATTERN_UNMATCHED))
+
+
 def linear_leaves(modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the last parts of the paths of what can be decomposed, sorted."""
     linear = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))]
