@@ -63,11 +63,12 @@ class CheckpointSource(Protocol):
         However long the range is, no more than some megabytes are held.
         """
 
-    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
+    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> bool:
         """Make `destination` a private copy of a file, safe to patch in place.
 
-        Ranges in `holes` will be overwritten by the caller and may be left unwritten. The copy
-        has the source's size. Never a hard link, never a write through a symlink.
+        Ranges in `holes` will be overwritten by the caller and may be left unwritten; returned is
+        whether they hold the file's bytes all the same. The copy has the source's size. Never a
+        hard link, never a write through a symlink.
         """
 
     @property

@@ -6,8 +6,7 @@ written. An attempt that follows a dead one checks them and does only what is mi
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,21 +14,20 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from pissa_core.adapters.disk import file_info, outside
-from pissa_core.journal import Journal, boot_id, whole_lines
-from pissa_core.openfile import CHUNK
-from pissa_core.plan import CarriedTensor, Matrix, Plan, Run, ShardPlan
-from pissa_core.ports import CheckpointSource, Seal
-from pissa_core.settling import Settling
-from pissa_core.tensorfile import (
-    Entry,
-    Header,
-    PatchFile,
-    empty,
-    framed,
-    make_header,
-    memory_of,
+from pissa_core.adapters.disk import file_info
+from pissa_core.groundwork import (
+    Replace,
+    carried_of,
+    checksum_range,
+    lay_ground,
+    part_ends,
+    replaced_of,
 )
+from pissa_core.journal import Journal
+from pissa_core.plan import Matrix, Plan, ShardPlan
+from pissa_core.ports import ByteRange, CheckpointSource, Seal
+from pissa_core.settling import Copying, Settling
+from pissa_core.tensorfile import Entry, Header, PatchFile, empty, make_header, memory_of
 
 JOURNAL_BYTES = 16 << 10
 """Bytes of an attempt that no matrix adds: folder, lock, a journal's first line, partly filled
@@ -73,17 +71,10 @@ def row_bytes(matrix: Matrix) -> int:
     return _ROW_BYTES + 3 * len(matrix.tensor.encode()) + _SIGMA_BYTES * matrix.rank
 
 
-def carried_of(plan: Plan, shard: ShardPlan) -> list[CarriedTensor]:
-    """Return the tensors of this shard that the adapter stores whole."""
-    return [tensor for tensor in plan.carried if tensor.shard == shard.path]
-
-
 def stays_as_it_is(plan: Plan, shard: ShardPlan) -> bool:
     """Whether a shard is a file of the source, nothing of which is changed or carried."""
-    replaced = () if plan.fold is None else plan.fold.replaced
-    written = any(tensor.shard == shard.path for tensor in replaced)
     whole = shard.run is None and not shard.matrices
-    return whole and not written and not carried_of(plan, shard)
+    return whole and not replaced_of(plan, shard) and not carried_of(plan, shard)
 
 
 class Workbench:
@@ -98,6 +89,7 @@ class Workbench:
         part: PatchFile,
         journal: Journal,
         *,
+        pending: Sequence[ByteRange],
         read_again: bool,
     ) -> None:
         self._shard = shard
@@ -108,7 +100,8 @@ class Workbench:
         self._journal = journal
         self.rows = self._verified_rows()
         unwritten = [(m.start, m.stop) for m in shard.matrices if m.tensor not in self.rows]
-        self.settling = Settling(copy, shard.size, unwritten, read_again=read_again)
+        copying = Copying(tuple(pending), self._copy_from_source)
+        self.settling = Settling(copy, shard.size, unwritten, copying, read_again=read_again)
 
     def original(
         self, matrix: Matrix, *, pinned: bool = False, memory: Tensor | None = None
@@ -160,6 +153,9 @@ class Workbench:
             rows=rows,
         )
 
+    def _copy_from_source(self, start: int, buffer: memoryview) -> None:
+        self._source.read_into(self._shard.source_path, self._shard.source_start(start), buffer)
+
     def _verified_rows(self) -> dict[str, Mapping[str, Any]]:
         """Return the rows of journalled matrices whose bytes are all still as journalled."""
         rows = {}
@@ -171,10 +167,10 @@ class Workbench:
 
     def _checksums(self, matrix: Matrix) -> list[str]:
         starts = self._header.starts
-        ends = _part_ends(self._header)
+        ends = part_ends(self._header)
         return [
-            _checksum_range(self._copy, matrix.start, matrix.stop),
-            *(_checksum_range(self._part, starts[key], ends[key]) for key in self._factors(matrix)),
+            checksum_range(self._copy, matrix.start, matrix.stop),
+            *(checksum_range(self._part, starts[key], ends[key]) for key in self._factors(matrix)),
         ]
 
     def _factors(self, matrix: Matrix) -> list[str]:
@@ -189,7 +185,7 @@ def open_workbench(
     shard: ShardPlan,
     source: CheckpointSource,
     *,
-    replace: Callable[[PatchFile], None] | None = None,
+    replace: Replace | None = None,
     read_again: bool = False,
 ) -> Iterator[Workbench]:
     """Lay out an attempt's scratch folder, or take up what a dead attempt left in it.
@@ -199,16 +195,17 @@ def open_workbench(
         plan: what is done.
         shard: the part of it that is done here.
         source: the checkpoint.
-        replace: writes into the private copy what takes the place of tensors other than targets.
+        replace: what else is written into the private copy.
         read_again: whether the finished copy is soon read, so that memory should hold it.
     """
     header = make_header(part_entries(plan, shard))
-    if not _can_go_on(folder, shard, header):
-        _lay_out(folder, plan, shard, source, header, replace)
+    pending = lay_ground(folder, plan, shard, source, header, replace)
     journal = Journal(folder / "journal")
     try:
         with PatchFile(folder / "shard") as copy, PatchFile(folder / "part") as part:
-            bench = Workbench(shard, source, header, copy, part, journal, read_again=read_again)
+            bench = Workbench(
+                shard, source, header, copy, part, journal, pending=pending, read_again=read_again
+            )
             try:
                 yield bench
             finally:
@@ -217,96 +214,5 @@ def open_workbench(
         journal.close()
 
 
-def _lay_out(
-    folder: Path,
-    plan: Plan,
-    shard: ShardPlan,
-    source: CheckpointSource,
-    header: Header,
-    replace: Callable[[PatchFile], None] | None,
-) -> None:
-    """Fetch the private copy and reserve the part; the journal appears when both are written.
-
-    Nothing is synced yet, so that no core waits for the disk. What a crash of the machine loses
-    shows in the checksums, which `_can_go_on` takes of everything again; and by another boot id
-    no range of the copy counts as untouched.
-    """
-    for name in ("journal", "shard", "part"):
-        (folder / name).unlink(missing_ok=True)  # may be linked to what has been sealed
-    if shard.run is None:
-        holes = [(matrix.start, matrix.stop) for matrix in shard.matrices]
-        source.fetch(shard.source_path, folder / "shard", holes=holes)
-    else:
-        _copy_run(shard.source_path, shard.size, shard.run, source, folder / "shard")
-    if replace is not None:
-        with PatchFile(folder / "shard") as copy:
-            replace(copy)
-    with PatchFile(folder / "part", create_size=header.file_size) as part:
-        part.write(0, header.encoded)
-        for tensor in carried_of(plan, shard):
-            start = shard.source_start(tensor.start)
-            chunks = source.stream(shard.source_path, start, start + tensor.stop - tensor.start)
-            part.write_all(header.starts[tensor.key], chunks)
-    first = {"boot": boot_id(), "around": _checksum_around(folder, shard, header)}
-    (folder / "journal.new").write_text(json.dumps(first) + "\n")
-    (folder / "journal.new").rename(folder / "journal")
-
-
-def _can_go_on(folder: Path, shard: ShardPlan, header: Header) -> bool:
-    """Whether a dead attempt left a journal, and all that no journal line covers is intact."""
-    if not all((folder / name).is_file() for name in ("journal", "shard", "part")):
-        return False
-    first = next(whole_lines(folder / "journal"), {})
-    sizes = (folder / "shard").stat().st_size, (folder / "part").stat().st_size
-    if sizes != (shard.size, header.file_size):
-        return False
-    return bool(first.get("around") == _checksum_around(folder, shard, header))
-
-
-def _checksum_around(folder: Path, shard: ShardPlan, header: Header) -> str:
-    """Checksum everything in copy and part that is not a target's: headers, other tensors."""
-    digest = xxhash.xxh3_128()
-    holes = [(matrix.start, matrix.stop) for matrix in shard.matrices]
-    factors = {key for matrix in shard.matrices for key in (matrix.key_a, matrix.key_b)}
-    ends = _part_ends(header)
-    part_holes = [(header.starts[key], ends[key]) for key in header.starts if key in factors]
-    for name, size, gaps in (
-        ("shard", shard.size, holes),
-        ("part", header.file_size, part_holes),
-    ):
-        with PatchFile(folder / name) as file:
-            for start, stop in outside(gaps, size):
-                _update(digest, file, start, stop)
-    return digest.hexdigest()
-
-
-def _copy_run(path: str, size: int, run: Run, source: CheckpointSource, to: Path) -> None:
-    """Put an output shard together from its header and a run of a source shard's tensors."""
-    with PatchFile(to, create_size=size) as copy:
-        header = framed(run.header.encode())
-        copy.write(0, header)
-        copy.write_all(len(header), source.stream(path, run.start, run.stop))
-
-
-def _part_ends(header: Header) -> dict[str, int]:
-    starts = list(header.starts.items())
-    following = [*(start for _, start in starts[1:]), header.file_size]
-    # A shard without targets has an empty part.
-    return {name: end for (name, _), end in zip(starts, following, strict=bool(starts))}
-
-
 def _checksum(data: memoryview) -> str:
     return xxhash.xxh3_128_hexdigest(data)
-
-
-def _checksum_range(file: PatchFile, start: int, stop: int) -> str:
-    digest = xxhash.xxh3_128()
-    _update(digest, file, start, stop)
-    return digest.hexdigest()
-
-
-def _update(digest: xxhash.xxh3_128, file: PatchFile, start: int, stop: int) -> None:
-    for begin in range(start, stop, CHUNK):
-        buffer = bytearray(min(CHUNK, stop - begin))
-        file.read_into(begin, memoryview(buffer))
-        digest.update(buffer)

@@ -39,19 +39,21 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise
 
 
-def private_copy(source_fd: int, destination: Path, holes: Sequence[ByteRange] = ()) -> None:
+def private_copy(source_fd: int, destination: Path, holes: Sequence[ByteRange] = ()) -> bool:
     """Copy an open file to a new one of its own: a reflink where the disk can, else bytes.
 
-    Ranges in `holes` are reserved and not copied, since the caller will write them.
+    Ranges in `holes` are reserved and not copied, since the caller will write them; returned is
+    whether they came along all the same, as in a reflink.
     """
     size = os.fstat(source_fd).st_size
     with destination.open("wb") as copy:
         if _clone(source_fd, copy.fileno()):
-            return
+            return True
         if size:
             reserve(copy.fileno(), size)
         for start, stop in outside(holes, size):
             _copy_range(source_fd, copy.fileno(), start, stop)
+    return False
 
 
 def outside(holes: Sequence[ByteRange], size: int) -> Iterator[ByteRange]:

@@ -62,9 +62,10 @@ class MemorySource:
         """Yield a range in one piece: it is in memory anyway."""
         yield self.read(path, start, stop)
 
-    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
+    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> bool:
         """Write a copy; holes are filled too, which the contract allows."""
         destination.write_bytes(self._contents[path])
+        return True
 
     def local_root(self) -> None:
         """No folder stands behind it."""

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from pissa_core.svd.missing import could_be_missing, may_hide_members
-from pissa_core.svd.orth import orthonormal_rows, split_off
+from pissa_core.svd.orth import NARROW, orthonormal_rows, split_off
 
 _CHEAP_UP_TO = 200  # a problem of this size costs less than a step
 LEAST_STEPS = 3  # before that, what is missing cannot be judged
@@ -92,7 +92,8 @@ def leading_eigenpairs(
     solve_at = LEAST_STEPS + wide
     while True:
         step += 1
-        C, Q, B = split_off(K[: whole(k)], apply(K[k - b : k]), generator)
+        basis = K[: k if b < NARROW else whole(k)]
+        C, Q, B = split_off(basis, apply(K[k - b : k]), generator)
         T[k - b : k, :k] = C[:, :k]
         T[:k, k - b : k] = C[:, :k].t()
         full = k + b > shape.capacity

@@ -8,7 +8,8 @@ from torch import Generator, Tensor
 from pissa_core.svd.products import times, times_transposed
 
 _TINY = torch.finfo(torch.float32).tiny
-_NARROW = 32
+NARROW = 32
+"""Rows of a block up to which `split_off` compiles no kernel for each size it meets."""
 _HALF = 0.5
 _MOST_ROUNDS = 6
 _STEEP = 1e-3  # a Cholesky pivot below this: a second round would not mend the first
@@ -54,7 +55,7 @@ def split_off(
              is enough"); blocks: Barlow, Smoktunowicz 2013, doi:10.1007/s00211-012-0496-2.
     """
     # Narrow blocks take so little time that a compiled kernel for each size would cost more.
-    narrow = len(Y) < _NARROW
+    narrow = len(Y) < NARROW
     multiply_transposed = _plain_transposed if narrow else times_transposed
     multiply = torch.mm if narrow else times
     first = K if near is None else near

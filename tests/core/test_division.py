@@ -36,7 +36,7 @@ class Download(LocalSource):
     rereads = False
 
     def fetch(self, path, destination, *, holes=()):
-        super().fetch(path, destination)
+        return super().fetch(path, destination)
 
 
 def plan_of(source: LocalSource, task: str | None = None, **limits: Any) -> Plan:

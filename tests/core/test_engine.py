@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,38 @@ def test_a_damaged_scratch_is_noticed_by_its_checksums(llama, tmp_path, damage):
         (scratch / damage).unlink()
     convert_to(llama, tmp_path / "out")
     assert checksums(tmp_path / "out") == undisturbed
+
+
+def test_what_a_dead_attempt_had_copied_is_copied_again(llama, tmp_path):
+    convert_to(llama, tmp_path / "out")
+    undisturbed = checksums(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+    scratch = half_done(llama, tmp_path)
+    start = tensor_start(scratch / "shard", "model.embed_tokens.weight")
+    with (scratch / "shard").open("r+b") as shard:
+        shard.seek(start)
+        shard.write(b"what a crash of the machine made of it")
+    again = list(course_of(llama, tmp_path / "out"))
+    assert sum(e.resumed for e in again if isinstance(e, MatrixDone)) == 3
+    assert checksums(tmp_path / "out") == undisturbed
+
+
+def test_a_file_system_that_clones_has_nothing_copied(llama, tmp_path, monkeypatch):
+    convert_to(llama, tmp_path / "out")
+    cloned: list[int] = []
+
+    def clone(copy: int, request: int, source: int) -> None:
+        cloned.append(os.pwrite(copy, os.pread(source, os.fstat(source).st_size, 0), 0))
+
+    def never(*_: object) -> None:
+        raise AssertionError("something was copied")
+
+    monkeypatch.setattr("pissa_core.adapters.disk.fcntl.ioctl", clone)
+    monkeypatch.setattr("pissa_core.workbench.Workbench._copy_from_source", never)
+    convert_to(llama, tmp_path / "clone")
+    assert cloned
+    for name in ("model.safetensors", "pissa_init/adapter_model.safetensors"):
+        assert (tmp_path / "clone" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def tensor_start(path: Path, name: str) -> int:

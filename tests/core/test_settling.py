@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import itertools
 import mmap
 import random
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from pissa_core.errors import SourceChanged
 from pissa_core.openfile import CHUNK
-from pissa_core.settling import Settling
+from pissa_core.ports import FileInfo
+from pissa_core.settling import Copying, Settling
 from pissa_core.tensorfile import PatchFile
 
 
@@ -24,7 +26,7 @@ def test_ranges_in_any_order_from_any_thread(size, seed, tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"\xff" * size)
     cuts = sorted({0, size, *(chance.randrange(size + 1) for _ in range(9))})
-    ranges = [pair for pair in itertools.pairwise(cuts) if chance.random() < 0.7]
+    ranges = [pair for pair in pairwise(cuts) if chance.random() < 0.7]
     order = chance.sample(ranges, len(ranges))
     with PatchFile(path) as file:
         settling = Settling(file, size, ranges)
@@ -40,6 +42,49 @@ def test_ranges_in_any_order_from_any_thread(size, seed, tmp_path):
     content = path.read_bytes()
     assert said.size == len(content) == size
     assert said.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_copied_on_the_way_is_what_the_source_has(seed, tmp_path):
+    chance, size = random.Random(seed), 2 * CHUNK + 77
+    source = random.Random(-seed).randbytes(size)
+    (tmp_path / "file").write_bytes(b"\xff" * size)  # what no range covers is there already
+    cuts = sorted({0, size, *(chance.randrange(size + 1) for _ in range(20))})
+    kinds = {pair: chance.choice(["written", "copied", "there"]) for pair in pairwise(cuts)}
+    unwritten, copied = ([p for p in kinds if kinds[p] == kind] for kind in ("written", "copied"))
+
+    def read_into(start: int, buffer: memoryview) -> None:
+        buffer[:] = source[start : start + len(buffer)]
+
+    with PatchFile(tmp_path / "file") as file:
+        settling = Settling(file, size, unwritten, Copying(tuple(copied), read_into))
+        for start, stop in chance.sample(unwritten, len(unwritten)):
+            file.write(start, bytes(stop - start))
+            settling.done(start)
+        said = settling.finish()
+        settling.close()
+    expected = b"".join(
+        {"written": bytes(b - a), "copied": source[a:b], "there": b"\xff" * (b - a)}[kind]
+        for (a, b), kind in kinds.items()
+    )
+    assert (tmp_path / "file").read_bytes() == expected
+    assert said == FileInfo(size, hashlib.sha256(expected).hexdigest())
+
+
+def test_what_cannot_be_copied_is_told_while_the_work_goes_on(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(100))
+
+    def gone(start: int, buffer: memoryview) -> None:
+        raise SourceChanged("the source has gone")
+
+    with PatchFile(tmp_path / "file") as file:
+        settling = Settling(file, 100, [(50, 60), (70, 80)], Copying(((0, 50),), gone))
+        settling._following.exception()  # waits
+        with pytest.raises(SourceChanged):
+            settling.done(50)
+        with pytest.raises(SourceChanged):
+            settling.finish()
+        settling.close()
 
 
 def test_a_file_that_ends_too_soon_is_an_error(tmp_path):

@@ -127,7 +127,7 @@ class HubSource:
             self._ref.repo_id, self._commit, self._prefix + path, start=start, stop=stop, size=size
         )
 
-    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
+    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> bool:
         """Download a file straight to `destination` and check it; holes are downloaded, too.
 
         A checksum needs every byte, and what lies in the holes is read from the copy.
@@ -142,6 +142,7 @@ class HubSource:
         except BaseException:
             destination.unlink(missing_ok=True)
             raise
+        return True
 
     def local_root(self) -> None:
         """A Hub repo has no folder here."""

@@ -75,11 +75,11 @@ class LocalSource:
         for begin in range(start, stop, CHUNK):
             yield self.read(path, begin, min(begin + CHUNK, stop))
 
-    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> None:
+    def fetch(self, path: str, destination: Path, *, holes: Sequence[ByteRange] = ()) -> bool:
         """Make a private copy: a reflink where the disk can, else only what lies outside holes."""
         with self._opened(path) as fd, disk_errors(destination):
             try:
-                private_copy(fd, destination, holes)
+                return private_copy(fd, destination, holes)
             except EOFError as error:
                 raise self._changed(path) from error
 
