@@ -97,7 +97,7 @@ def import_for_a_plan() -> None:
     _StandIn.take_place(_COMPILER, dict.fromkeys(_DECORATORS, _undecorated))
     _StandIn.take_place(_MASKS, {"TransformGetItemToIndex": nullcontext})
     try:
-        with _unseen_scipy(), _not_distributed(), _roomy_caches():
+        with _unseen("trio"), _unseen_scipy(), _not_distributed(), _roomy_caches():
             import pissa_core.targets.injection  # noqa: F401 - imports both libraries
     except Exception:  # noqa: BLE001 - whatever a release to come asks for
         import_everything()
@@ -116,17 +116,25 @@ def import_everything() -> None:
 
 @contextmanager
 def _unseen_scipy() -> Iterator[None]:
-    """Have scipy look as if it were not installed: half a second and 40 MB, for losses alone."""
-    seen = "scipy" in sys.modules
-    sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
+    """Do without half a second and 40 MB, which are for losses alone."""
+    with _unseen("scipy"):
+        yield
+    from transformers.utils import is_scipy_available
+
+    is_scipy_available.cache_clear()  # some classes refuse to be built without it
+
+
+@contextmanager
+def _unseen(name: str) -> Iterator[None]:
+    """Have a module look as if it were not installed, where it has not been imported."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        if not seen:
-            del sys.modules["scipy"]
-        from transformers.utils import is_scipy_available
-
-        is_scipy_available.cache_clear()  # some classes refuse to be built without it
+        del sys.modules[name]
 
 
 @contextmanager

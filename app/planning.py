@@ -14,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from app.lean import (
@@ -37,15 +38,16 @@ def main() -> None:
     gc.disable()
     answer_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    asked = json.loads(sys.stdin.buffer.readline())
     os.environ.setdefault(*ONE_THREAD)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    import_torch()
+    asked: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_listen, args=(asked,), daemon=True).start()
+    import_torch()  # while the parent finds out what to ask
     from worker.bounds import bound_planning
 
+    question = json.loads(asked.get())
     bound_planning()
     with answer_to:
-        json.dump(_answer(asked), answer_to)
+        json.dump(_answer(question), answer_to)
     # The libraries' own clearing up takes a second, and nobody waits for anything of theirs.
     os._exit(0)
 
@@ -147,9 +149,13 @@ _MAKERS: dict[str, Callable[[dict[str, Any]], Plan | Case]] = {
 }
 
 
-def _end_with_parent() -> None:
-    while sys.stdin.buffer.read(1):
-        pass
+def _listen(asked: SimpleQueue[bytes]) -> None:
+    """Hand on the question, if one comes, and end with the parent."""
+    question = sys.stdin.buffer.readline()
+    if question.endswith(b"\n"):  # not cut off
+        asked.put(question)
+        while sys.stdin.buffer.read(1):
+            pass
     os._exit(1)
 
 

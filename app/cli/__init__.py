@@ -12,11 +12,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any, NoReturn, cast
 
 import click
 
+from app.cli.child import begun_ahead
 from app.cli.errors import ExitStatus, report
 
 DEBUG = "--debug"
@@ -28,6 +30,7 @@ _MODULES = {
     "submission": ("submit",),
     "to_lora": ("to-lora",),
 }
+_PLANNED = ("convert", "plan", "to-base", "verify")
 _SERVING = f"{__name__}.service"
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -89,7 +92,10 @@ def _run(arguments: list[str]) -> int:
     # Not `pissa.main`: click takes an EOFError, a fault in a file, for Ctrl-D.
     debug = arguments[:1] == [DEBUG]
     try:
-        with pissa.make_context("pissa", arguments, obj={"debug": debug}) as context:
+        with (
+            _planner_for(arguments, debug=debug),
+            pissa.make_context("pissa", arguments, obj={"debug": debug}) as context,
+        ):
             pissa.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as done:
@@ -101,6 +107,14 @@ def _run(arguments: list[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the last resort of all
         return report(error, debug=debug)
     return ExitStatus.DONE
+
+
+def _planner_for(arguments: list[str], *, debug: bool) -> AbstractContextManager[None]:
+    """Begin to plan where a command will, before it is known what."""
+    command = arguments[debug : debug + 1]
+    if not command or command[0] not in _PLANNED or {"-h", "--help"} & set(arguments):
+        return nullcontext()
+    return begun_ahead(debug=debug)
 
 
 def _debug_first(arguments: list[str]) -> list[str]:

@@ -7,14 +7,11 @@ cost their import time (2 to 4 s) in series with torch's. The child is `app.plan
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO
 
+from app.cli.child import Child, child
 from pissa_core.errors import OutOfMemory, PissaError, error_from
 from pissa_core.plan import Plan
 from pissa_core.spec import PissaConfig
@@ -24,8 +21,7 @@ from pissa_core.spec import PissaConfig
 class Pending:
     """A plan that is being made; the child lives until `planning` ends."""
 
-    child: subprocess.Popen[bytes]
-    log: IO[bytes]
+    child: Child
 
     def result(self) -> Plan:
         """Wait for the plan.
@@ -37,9 +33,10 @@ class Pending:
 
     def text(self) -> str:
         """Wait for the plan and return it as it was written, whatever its kind."""
-        assert self.child.stdout is not None
-        answer = self.child.stdout.read()
-        status = self.child.wait()
+        process = self.child.process
+        assert process.stdout is not None
+        answer = process.stdout.read()
+        status = process.wait()
         if not answer:
             raise self._crash(status)
         data = json.loads(answer)
@@ -53,8 +50,8 @@ class Pending:
                 "the planning process was killed, most likely for want of memory",
                 hint="planning takes about 1 GB, whatever the model's size",
             )
-        self.log.seek(0)
-        said = self.log.read().decode(errors="replace").strip().splitlines()
+        self.child.log.seek(0)
+        said = self.child.log.read().decode(errors="replace").strip().splitlines()
         last = said[-1] if said else "it said nothing"
         return PissaError(f"the planning process ended with status {status}: {last}")
 
@@ -83,23 +80,13 @@ def asking(
     """Begin to plan work of any kind in a child process, which ends with the block."""
     given = {name: limit for name, limit in limits.items() if limit is not None}
     question = json.dumps({**asked, "limits": given})
-    with tempfile.TemporaryFile() as log:
-        # A process group of its own: Ctrl-C is for the parent, which then ends the child.
-        child = subprocess.Popen(
-            [sys.executable, "-m", "app.planning"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if debug else log,
-            process_group=0,
-        )
-        with child:
-            try:
-                assert child.stdin is not None
-                child.stdin.write(question.encode() + b"\n")
-                child.stdin.flush()
-                yield Pending(child, log)
-            finally:
-                child.kill()
+    with child(debug=debug) as asked_one:
+        stdin = asked_one.process.stdin
+        assert stdin is not None
+        with suppress(BrokenPipeError):  # it ended before it was asked: its status says why
+            stdin.write(question.encode() + b"\n")
+            stdin.flush()
+        yield Pending(asked_one)
 
 
 def plan_in_child(

@@ -288,4 +288,4 @@ def test_an_orphan_planner_is_no_ones_process_group() -> None:
     from app.cli.planner import planning
 
     with planning("./nowhere", parse_config({})) as pending:
-        assert os.getpgid(pending.child.pid) != os.getpgid(0)
+        assert os.getpgid(pending.child.process.pid) != os.getpgid(0)

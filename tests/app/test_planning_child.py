@@ -167,3 +167,22 @@ def test_where_less_does_not_do_more_is_imported(module: str, asks: str, tmp_pat
     plan = said(spoilt, _BEGIN, _PLAN_ALL, asked=asked)[-2]
     whole = make_plan(LocalSource(folder), parse_config({"rank": 2}))
     assert json.loads(plan) == whole.to_json()
+
+
+@pytest.mark.parametrize("question", [b"", b'{"model": "./cut off'])
+def test_a_planner_that_is_asked_nothing_ends_with_its_parent(question: bytes) -> None:
+    command = [sys.executable, "-m", "app.planning"]
+    done = subprocess.run(command, input=question, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(["convert"], 2), (["plan", "./nowhere"], 1), (["convert", "-h"], 0), (["jobs", "-h"], 0)],
+)
+def test_a_command_that_plans_nothing_leaves_no_planner(words: list[str], status: int) -> None:
+    *_, said_status, children = said(
+        "import psutil\nfrom app.cli import _run\n",
+        f"print(int(_run({words})), psutil.Process().children(), sep='\\n')",
+    )
+    assert (said_status, children) == (str(status), "[]")
