@@ -44,7 +44,7 @@ def main(model: str | None, rank: int) -> None:
         console.print(f"Hub: {endpoint} serves {folder} as {source}")
         command = ["app.demo", source, "--rank", str(rank), "--output", f"hf://{output}"]
         with running(
-            [sys.executable, "-m", *command], env=client_environment(endpoint, token)
+            [sys.executable, "-P", "-m", *command], env=client_environment(endpoint, token)
         ) as demo:
             status = demo.wait()
         if status == 0:

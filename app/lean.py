@@ -1,8 +1,8 @@
 """torch, transformers and PEFT without what a command has no use for.
 
 Of torch: its kernels in Python for the meta device. Of the others, in a process of one plan:
-torch's compiler, DTensor, scipy. Together those are half of all modules and of the seconds. Such a
-process has functions that torch's compiler should have wrapped and that stay plain, and
+torch's compiler, DTensor, scipy, trio. Together those are half of all modules and of the seconds.
+Such a process has functions that torch's compiler should have wrapped and that stay plain, and
 transformers as with a torch that was built without distribution. A plan runs no forward pass.
 """
 
@@ -134,7 +134,7 @@ def _unseen(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del sys.modules[name]
+        sys.modules.pop(name, None)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -151,11 +150,12 @@ _MAKERS: dict[str, Callable[[dict[str, Any]], Plan | Case]] = {
 
 def _listen(asked: SimpleQueue[bytes]) -> None:
     """Hand on the question, if one comes, and end with the parent."""
-    question = sys.stdin.buffer.readline()
-    if question.endswith(b"\n"):  # not cut off
-        asked.put(question)
-        while sys.stdin.buffer.read(1):
-            pass
+    # Not by `sys.stdin`: its lock, held as the interpreter ends, would make a crash of any error.
+    question = b""
+    while piece := os.read(0, 1 << 16):
+        question += piece
+        if piece.endswith(b"\n"):
+            asked.put(question)
     os._exit(1)
 
 

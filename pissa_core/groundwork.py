@@ -1,8 +1,8 @@
 """What lies on a workbench before the work: the private copy, the factor part, a journal.
 
-Where the source is a folder, the copy begins empty but for what is known beforehand: targets are
-written when they are done, and all that stays as it is follows as the checksum passes it. So each
-byte is read once, and written through few pages of memory. A download has to come whole.
+Where the source is a folder, the copy begins with its room reserved and what is known beforehand:
+targets are written when they are done, and all that stays as it is follows as the checksum passes
+it, so that it is read once. A download has to come whole.
 """
 
 from __future__ import annotations

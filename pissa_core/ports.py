@@ -67,8 +67,8 @@ class CheckpointSource(Protocol):
         """Make `destination` a private copy of a file, safe to patch in place.
 
         Ranges in `holes` will be overwritten by the caller and may be left unwritten; returned is
-        whether they hold the file's bytes all the same. The copy has the source's size. Never a
-        hard link, never a write through a symlink.
+        whether they hold the file's bytes all the same (of no meaning without holes). The copy has
+        the source's size. Never a hard link, never a write through a symlink.
         """
 
     @property

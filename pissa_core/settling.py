@@ -58,7 +58,7 @@ class Settling:
         self._unwritten = {start for start, _ in unwritten}
         self._copying = copying or Copying((), file.read_into)
         self._pending = deque(self._copying.ranges)
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._digest, self._position, self._synced = hashlib.sha256(), 0, 0
         self._buffer = memoryview(bytearray(min(size, CHUNK)))
         # One thread, so that what is hashed is hashed in order; one that waits for the disk.
@@ -94,7 +94,8 @@ class Settling:
         return FileInfo(self._size, self._digest.hexdigest())
 
     def close(self) -> None:
-        """Stop; waits for what is under way."""
+        """Stop; waits for the piece that is under way."""
+        self._closed = True
         self._hasher.shutdown(cancel_futures=True)
         self._syncer.shutdown(cancel_futures=True)
 
@@ -102,7 +103,7 @@ class Settling:
         return min(self._unwritten, default=self._size)
 
     def _follow(self, frontier: int) -> None:
-        while self._position < frontier:
+        while self._position < frontier and not self._closed:
             stop, copied = self._next_piece(frontier)
             piece = self._buffer[: stop - self._position]
             if copied:

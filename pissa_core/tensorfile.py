@@ -123,7 +123,9 @@ class PatchFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        # A thread that has not noticed yet writes to no file rather than to another.
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `start` on."""

@@ -128,7 +128,7 @@ class _Worker:
             logger.error("the %s ended with status %s", child.node.role, status)
         if now >= child.due:
             child.process = subprocess.Popen(
-                [sys.executable, "-m", "worker.node"],
+                [sys.executable, "-P", "-m", "worker.node"],
                 env=os.environ | self._settings.as_env() | child.node.as_env() | self._own,
                 stdin=subprocess.DEVNULL,
                 process_group=0,

@@ -18,7 +18,6 @@ from typing import Any, NoReturn, cast
 
 import click
 
-from app.cli.child import begun_ahead
 from app.cli.errors import ExitStatus, report
 
 DEBUG = "--debug"
@@ -30,7 +29,7 @@ _MODULES = {
     "submission": ("submit",),
     "to_lora": ("to-lora",),
 }
-_PLANNED = ("convert", "plan", "to-base", "verify")
+_PLANNED = _MODULES["local"]
 _SERVING = f"{__name__}.service"
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -111,9 +110,11 @@ def _run(arguments: list[str]) -> int:
 
 def _planner_for(arguments: list[str], *, debug: bool) -> AbstractContextManager[None]:
     """Begin to plan where a command will, before it is known what."""
-    command = arguments[debug : debug + 1]
-    if not command or command[0] not in _PLANNED or {"-h", "--help"} & set(arguments):
+    command = next((word for word in arguments if word != DEBUG), None)
+    if command not in _PLANNED or {"-h", "--help"} & set(arguments):
         return nullcontext()
+    from app.cli.child import begun_ahead
+
     return begun_ahead(debug=debug)
 
 

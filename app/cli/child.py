@@ -34,9 +34,10 @@ class Child:
 def begin(*, debug: bool) -> Child:
     """Start one; `debug` shows what libraries say in it."""
     log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the child
-    # A process group of its own: Ctrl-C is for the parent, which then ends the child.
+    # A process group of its own: Ctrl-C is for the parent, which then ends the child. -P: no
+    # module comes from the current folder, which may be a stranger's checkpoint.
     process = subprocess.Popen(
-        [sys.executable, "-m", "app.planning"],
+        [sys.executable, "-P", "-m", "app.planning"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=None if debug else log,

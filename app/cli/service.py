@@ -109,7 +109,7 @@ def worker_commands(number: int | None) -> list[list[str]]:
     """Return what starts each worker: one a GPU, or sharing the cores."""
     gpus = gpu_count()
     number = max(gpus, 1) if number is None else number
-    base = [sys.executable, "-m", "worker"]
+    base = [sys.executable, "-P", "-m", "worker"]
     if gpus:
         return [[*base, "--device", f"cuda:{index % gpus}"] for index in range(number)]
     slots = max((os.cpu_count() or 1) // max(number, 1), 1)

@@ -144,10 +144,10 @@ def solve_small(T: Tensor, rank: int, *, graded: bool = False) -> tuple[Tensor, 
 
 
 def whole(k: int) -> int:
-    """Return k rounded up to one of a few sizes, with which products of a basis are made.
+    """Return k rounded up to one of a few sizes, with which wide blocks' products are made.
 
-    Its further rows are zero. oneDNN compiles, and keeps, a kernel of nearly a megabyte for every
-    size it meets.
+    Further rows of the basis are zero. oneDNN compiles, and keeps, a kernel of nearly a megabyte
+    for every size it meets.
     """
     return -(-k // _SIZES) * _SIZES
 

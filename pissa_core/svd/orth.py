@@ -9,7 +9,7 @@ from pissa_core.svd.products import times, times_transposed
 
 _TINY = torch.finfo(torch.float32).tiny
 NARROW = 32
-"""Rows of a block up to which `split_off` compiles no kernel for each size it meets."""
+"""Rows of a block below which `split_off` compiles no kernel for each size it meets."""
 _HALF = 0.5
 _MOST_ROUNDS = 6
 _STEEP = 1e-3  # a Cholesky pivot below this: a second round would not mend the first

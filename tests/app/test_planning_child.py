@@ -11,7 +11,10 @@ import pytest
 import tinymodels
 import torch
 
+from app.cli.child import child
+from app.cli.planner import Pending
 from pissa_core.adapters.local import LocalSource
+from pissa_core.errors import PissaError
 from pissa_core.planning import make_plan
 from pissa_core.spec import parse_config
 
@@ -186,3 +189,36 @@ def test_a_command_that_plans_nothing_leaves_no_planner(words: list[str], status
         f"print(int(_run({words})), psutil.Process().children(), sep='\\n')",
     )
     assert (said_status, children) == (str(status), "[]")
+
+
+def test_the_planner_that_was_begun_ahead_is_the_one_that_is_asked(tmp_path: Path) -> None:
+    folder = tinymodels.save_model("llama", tmp_path / "llama")
+    *_, status, begun = said(
+        "import sys\nbegun = []\n"
+        "def hook(event, about):\n"
+        "    if event == 'subprocess.Popen' and 'app.planning' in about[1]:\n"
+        "        begun.append('click' in sys.modules and 'pydantic' in sys.modules)\n"
+        "sys.addaudithook(hook)\nfrom app.cli import _run\n",
+        f"print(int(_run(['plan', {str(folder)!r}, '--json'])), begun, sep='\\n')",
+    )
+    assert (status, begun) == ("0", "[False]")
+
+
+def test_nothing_is_imported_from_the_folder_a_command_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tinymodels.save_model("llama", tmp_path / "llama")
+    for name in ("torch", "tokenizers", "queue", "app"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a stranger has run')")
+    monkeypatch.chdir(folder)
+    command = [str(Path(sys.executable).parent / "pissa"), "plan", ".", "--rank", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "planning\n")
+    assert json.loads(done.stdout)["model_class"] == "LlamaForCausalLM"
+
+
+def test_what_the_planner_did_not_expect_is_told() -> None:
+    with child(debug=False) as one:
+        one.process.stdin.write(b'{"kind": "none"}\n')
+        with pytest.raises(PissaError, match="ended with status 1: KeyError: 'none'"):
+            Pending(one).text()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tinymodels
 import torch
+import xxhash
 from conversions import checksums, convert_to, course_of
 from safetensors.torch import load_file
 
@@ -29,6 +30,7 @@ from pissa_core.errors import (
     UnsupportedModule,
 )
 from pissa_core.events import MatrixDone, Planned, Published, Publishing, ShardSealed, ShardStarted
+from pissa_core.journal import boot_id
 from pissa_core.runtime import Runtime
 from pissa_core.spec import parse_config
 
@@ -201,7 +203,11 @@ def test_a_damaged_scratch_is_noticed_by_its_checksums(llama, tmp_path, damage):
     assert checksums(tmp_path / "out") == undisturbed
 
 
-def test_what_a_dead_attempt_had_copied_is_copied_again(llama, tmp_path):
+def test_what_a_dead_attempt_had_copied_is_copied_again(llama, tmp_path, monkeypatch):
+    def no_clone(*_: object) -> None:
+        raise OSError("no clones here")
+
+    monkeypatch.setattr("pissa_core.adapters.disk.fcntl.ioctl", no_clone)
     convert_to(llama, tmp_path / "out")
     undisturbed = checksums(tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "undisturbed")
@@ -270,6 +276,53 @@ def test_a_downloaded_shard_is_read_from_its_copy_and_only_what_was_torn_from_af
     list(convert(source, sink, parse_config({}), runtime))
     assert source.reads == [("model.safetensors", torn)]
     assert sink.contents == undisturbed.contents
+
+
+@pytest.mark.parametrize("what", ["header", "model.embed_tokens.weight", "model.norm.weight"])
+def test_a_damaged_download_is_fetched_again(llama, what):
+    contents = {path.name: path.read_bytes() for path in llama.iterdir()}
+    source, sink, undisturbed = Downloaded(contents), MemorySink(), MemorySink()
+    runtime = Runtime(device="cpu", slots=1)
+    list(convert(Downloaded(contents), undisturbed, parse_config({}), runtime))
+    course = convert(source, sink, parse_config({}), runtime)
+    next(event for event in course if isinstance(event, MatrixDone))
+    course.close()
+    (scratch,) = (Path(folder.name) for folder in sink._scratch.values())
+    with (scratch / "shard").open("r+b") as shard:
+        shard.seek(20 if what == "header" else tensor_start(scratch / "shard", what))
+        shard.write(b"!")
+    again = list(convert(source, sink, parse_config({}), runtime))
+    assert not any(event.resumed for event in again if isinstance(event, MatrixDone))
+    assert sink.contents == undisturbed.contents
+
+
+def test_the_scratch_of_a_version_that_copied_first_is_taken_up(llama, tmp_path):
+    convert_to(llama, tmp_path / "out")
+    undisturbed = checksums(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "undisturbed")
+    scratch = half_done(llama, tmp_path)
+    lines = (scratch / "journal").read_text().splitlines()
+    done = {entry["done"] for entry in map(json.loads, filter(None, lines)) if "done" in entry}
+    # What stays as it is was there from the start, and the journal's first line covered it.
+    header = header_of(llama / "model.safetensors")
+    table = json.loads(header[8:])
+    content = (llama / "model.safetensors").read_bytes()
+    digest = xxhash.xxh3_128()
+    with (scratch / "shard").open("r+b") as shard:
+        spans = [(0, len(header))]
+        for name, entry in table.items():
+            if "norm" in name or "embed" in name or name == "lm_head.weight":
+                spans.append(tuple(len(header) + at for at in entry["data_offsets"]))
+        for start, stop in sorted(spans):
+            shard.seek(start)
+            shard.write(content[start:stop])
+            digest.update(content[start:stop])
+    digest.update(header_of(scratch / "part"))
+    lines[0] = json.dumps({"boot": boot_id(), "around": digest.hexdigest()})
+    (scratch / "journal").write_text("\n".join(lines) + "\n")
+    again = list(course_of(llama, tmp_path / "out"))
+    assert {e.row["tensor"] for e in again if isinstance(e, MatrixDone) and e.resumed} == done
+    assert checksums(tmp_path / "out") == undisturbed
 
 
 def tear(sink: MemorySink) -> int:

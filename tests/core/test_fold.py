@@ -224,3 +224,27 @@ def test_stopped_anywhere_and_run_again_gives_the_same_bytes(tmp_path, stop_afte
     assert not fresh & done
     assert checksums(tmp_path / "plain") == undisturbed
     assert not list(tmp_path.glob(".plain*"))
+
+
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
+def test_a_damaged_tensor_that_was_replaced_is_noticed(tmp_path):
+    _, output = pair("llama", tmp_path)
+    adapter = retrained(output, tmp_path / "trained", modules_to_save=["norm"])
+    manifest = fold_to(output, adapter, tmp_path / "plain")
+    undisturbed = checksums(tmp_path / "plain")
+    (tmp_path / "plain").rename(tmp_path / "undisturbed")
+    course = folding_of(output, adapter, tmp_path / "plain", slots=1)
+    next(event for event in course if isinstance(event, MatrixDone))
+    course.close()
+    replaced, damaged = set(manifest["replaced"]), 0
+    for shard in tmp_path.glob(".plain.pissa-staging-*/work/*/*/shard"):
+        content = bytearray(shard.read_bytes())
+        length = 8 + int.from_bytes(content[:8], "little")
+        table = json.loads(content[8:length])
+        for name in replaced & table.keys():
+            content[length + table[name]["data_offsets"][0]] ^= 1
+            damaged += 1
+        shard.write_bytes(content)
+    assert damaged
+    fold_to(output, adapter, tmp_path / "plain")
+    assert checksums(tmp_path / "plain") == undisturbed

@@ -6,6 +6,8 @@ import ctypes
 import hashlib
 import mmap
 import random
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -85,6 +87,26 @@ def test_what_cannot_be_copied_is_told_while_the_work_goes_on(tmp_path):
         with pytest.raises(SourceChanged):
             settling.finish()
         settling.close()
+
+
+def test_it_copies_no_further_once_it_is_closed(tmp_path):
+    begun, go_on, read = threading.Event(), threading.Event(), []
+
+    def slow(start: int, buffer: memoryview) -> None:
+        read.append(start)
+        begun.set()
+        assert go_on.wait(30)
+
+    with PatchFile(tmp_path / "file", create_size=5 * CHUNK) as file:
+        settling = Settling(file, 5 * CHUNK, [], Copying(((0, 5 * CHUNK),), slow))
+        assert begun.wait(30)
+        closing = threading.Thread(target=settling.close)
+        closing.start()
+        while not settling._closed:
+            time.sleep(0.001)
+        go_on.set()
+        closing.join()
+    assert read == [0]
 
 
 def test_a_file_that_ends_too_soon_is_an_error(tmp_path):
