@@ -81,6 +81,7 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/anatomy.py
+	if command -v perf >/dev/null; then $(BIN)/python benchmarks/sampled.py; fi
 	$(BIN)/python benchmarks/kernel.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/to_lora.py

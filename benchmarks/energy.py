@@ -1,9 +1,11 @@
 """How much energy an adapter captures, against the optimum by a float64 eigendecomposition.
 
     python benchmarks/energy.py CHECKPOINT TRUTH.npz ADAPTER… --rank 16
+    python benchmarks/energy.py CHECKPOINT TRUTH.npz --rank 16 --loosest 6.3e-4
 
 A sample of matrices, one of each kind from a middle layer, is compared. Captured is
 ‖W‖² − ‖W − B·A‖² with the factors as stored, in float64; the optimum is Σσ² of the top r.
+`--loosest` tells the largest of our tolerances with which no more is missed than that.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from pissa_core.split import matrix_seed
+from pissa_core.svd import truncated_svd
+
 _KEPT = 512
+_TOLERANCES = (0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 5e-4, 2e-4, 1e-4)
 
 
 def main() -> None:
@@ -25,8 +31,12 @@ def main() -> None:
     parser.add_argument("truth", type=Path)
     parser.add_argument("adapters", type=Path, nargs="*")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--loosest", type=float, metavar="MISSED")
     args = parser.parse_args()
     truth = load_truth(args.checkpoint, args.truth)
+    if args.loosest is not None:
+        print(json.dumps(loosest(args.checkpoint, truth, args.rank, args.loosest)))
+        return
     print(json.dumps([judge(args.checkpoint, truth, a, args.rank) for a in args.adapters]))
 
 
@@ -77,6 +87,28 @@ def judge(checkpoint: Path, truth: dict[str, np.ndarray], adapter: Path, rank: i
         "worst_missed": worst_missed,
         "worst_sigma_error": worst_sigma,
     }
+
+
+def loosest(
+    checkpoint: Path, truth: dict[str, np.ndarray], rank: int, missed: float
+) -> float | None:
+    """Return the largest tolerance with which the sample misses at most `missed`, if any does."""
+    with _open(checkpoint / "model.safetensors") as file:
+        weights = {name: file.get_tensor(name) for name in truth}
+    optimum = sum(float(squares[:rank].sum()) for squares in truth.values())
+    for tolerance in _TOLERANCES:
+        found = sum(_captured(W, name, rank, tolerance) for name, W in weights.items())
+        if 1 - found / optimum <= missed:
+            return tolerance
+    return None
+
+
+def _captured(W: torch.Tensor, name: str, rank: int, tolerance: float) -> float:
+    seed = matrix_seed(0, name)
+    svd = truncated_svd(W, rank, method="auto", tolerance=tolerance, niter=0, seed=seed)
+    left = svd.exact_side == "left"
+    image = svd.U.t().double() @ W.double() if left else W.double() @ svd.Vt.t().double()
+    return float(image.square().sum())
 
 
 def _open(path: Path):

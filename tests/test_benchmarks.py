@@ -96,6 +96,51 @@ def test_the_optimal_adapter_misses_nothing_and_a_worse_one_what_it_misses(load,
     assert 0 < lost["missed"] < lost["worst_missed"]
 
 
+def test_the_loosest_tolerance_misses_no_more_than_was_asked_and_the_next_one_does(load, tmp_path):
+    energy, checkpoint = load("energy"), load("checkpoint")
+    shape = checkpoint.Shape(
+        1, hidden=512, intermediate=640, heads=4, key_value_heads=4, vocabulary=8
+    )
+    folder = checkpoint.make_checkpoint(tmp_path / "model", shape)
+    truth = energy.load_truth(folder, tmp_path / "truth.npz")
+    missed = {}
+    for tolerance in energy._TOLERANCES:
+        found = 0.0
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            for name in truth:
+                found += energy._captured(file.get_tensor(name), name, 8, tolerance)
+        missed[tolerance] = 1 - found / sum(float(s[:8].sum()) for s in truth.values())
+    assert len(set(missed.values())) > 2
+    for asked in (1.0, *missed.values()):
+        loosest = energy.loosest(folder, truth, 8, asked)
+        assert loosest == max(t for t in missed if missed[t] <= asked)
+    assert energy.loosest(folder, truth, 8, -1.0) is None
+
+
+def test_a_sample_is_counted_by_its_process_thread_and_symbol(load):
+    sampled = load("sampled")
+    said = [
+        " 7/7 55d0 _PyEval_EvalFrameDefault (/usr/lib/libpython3.11.so.1.0)",
+        " 8/8 55d0 clear_page_erms ([kernel.kallsyms])",
+        " 7/9 ffff copy_folio_from_iter_atomic ([kernel.kallsyms])",
+        " 7/9 ffff _raw_spin_unlock_irqrestore ([kernel.kallsyms])",
+        " 7/9 7f42 [unknown] (/tmp/perf-7.map)",
+        " 7/9 7f42 mkl_blas_def_sgemm_kernel_0_zen (/x/libtorch_cpu.so)",
+        " 7/9 7f42 c10::function_ref<void (char**, long)>::callback_fn<x> (/x/libtorch_cpu.so)",
+        " 7/9 7f42 0x29c53d (/usr/lib/libcrypto.so.3)",
+        " 7/9 7f42 _int_malloc (/usr/lib/libc.so.6)",
+    ]
+    samples = [sampled.SAMPLE.match(line).groups() for line in said]
+    kinds = [
+        sampled.kind_of(pid, tid, f"{sym} ({dso})", command="7") for pid, tid, sym, dso in samples
+    ]
+    assert [kinds[0], kinds[1]] == [sampled.COMMAND, sampled.PLANNER]
+    assert [kind.split(":")[-1].strip() for kind in kinds[2:]] == [
+        "writing into the page cache", "all else", "products", "products",
+        "conversions, sums, small problems", "sha256 and xxhash", "Python and libc",
+    ]  # fmt: skip
+
+
 # Both children hold their memory at the same time, for a second.
 TWO_CHILDREN = """
 import subprocess, sys, time
@@ -168,6 +213,21 @@ def test_the_summary_has_a_row_a_contender(load):
     table = summary.table([record, ours]).splitlines()
     assert len(table) == 4
     assert "| 4.0× | 4.0× |" in table[3]
+
+
+def test_the_summary_tells_a_tolerance_from_a_loss(load):
+    summary = load("summary")
+    niter, ours = "PEFT pissa_niter_16", "pissa convert, default tolerance"
+    seconds = {niter: 20.0, ours: 8.0, "pissa convert, tolerance 0.0006": 6.0}
+    seconds[f"{summary.MATCHED}: tolerance 0.01"] = 5.0
+    records = [
+        {"rank": 16, "contender": name, "wall_s": wall, "peak_bytes": 1e9,
+         "quality": {"missed": 1e-3}}
+        for name, wall in seconds.items()
+    ]  # fmt: skip
+    rows = summary.wanted({"synthetic": records}).splitlines()
+    assert "| time, rank 16, tolerance as niter_16's error | 1/4 | 1/3.3 |" in rows
+    assert "| time, rank 16, missing as much as niter_16 does | 1/4 | 1/4.0 |" in rows
 
 
 @pytest.mark.slow
