@@ -166,10 +166,10 @@ def anatomy(result: dict) -> str:
     lines += ["", *limits(result)]
     lines.append(
         "\nThe second goal of each rank is for a tolerance as niter_16's error. A process takes "
-        "up to a third more CPU time than these pieces alone: the kernel's for new pages, which "
-        "this machine's host has to find, and that of matrices that come from memory, where those "
-        "of the pieces stay in the cache. What is left of both cores' time are the command's own "
-        "start, when nothing else can be done yet, the wait for the disk and the last matrices."
+        "more CPU time than these pieces alone: the kernel's for new pages, which this machine's "
+        "host has to find, and that of matrices that come from memory, where those of the pieces "
+        "stay in the cache. What is left of both cores' time are the command's own start, when "
+        "nothing else can be done yet, the wait for the disk and the last matrices."
     )
     rates = result["gflops"]
     lines.append(
@@ -368,9 +368,11 @@ def draw(path: Path, records: list[dict]) -> None:
 
 
 def short(contender: str) -> str:
-    """Give the loosened tolerance, which differs from rank to rank, one name."""
+    """Give a loosened tolerance, which differs from rank to rank, one name."""
+    if contender.startswith(MATCHED):
+        return MATCHED
     name, comma, tolerance = contender.partition(", tolerance ")
-    return f"{name}, as inexact as niter_16" if comma and tolerance else contender
+    return f"{name}, tolerance as niter_16's error" if comma and tolerance else contender
 
 
 def gigabytes(nbytes: float) -> str:

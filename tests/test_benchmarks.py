@@ -225,6 +225,8 @@ def test_the_summary_tells_a_tolerance_from_a_loss(load):
          "quality": {"missed": 1e-3}}
         for name, wall in seconds.items()
     ]  # fmt: skip
+    assert len({summary.short(name) for name in seconds}) == len(seconds)
+    assert summary.short(f"{summary.MATCHED}: tolerance 0.2") == summary.MATCHED
     rows = summary.wanted({"synthetic": records}).splitlines()
     assert "| time, rank 16, tolerance as niter_16's error | 1/4 | 1/3.3 |" in rows
     assert "| time, rank 16, missing as much as niter_16 does | 1/4 | 1/4.0 |" in rows
