@@ -78,9 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _interrupt)
     status = _run(_debug_first(given))
-    if status == ExitStatus.DONE and "torch" in sys.modules and _SERVING not in sys.modules:
-        # What torch clears up takes a tenth of a second, and nothing of a command is left open. A
-        # service has processes to end, which it does at its exit.
+    if status == ExitStatus.INTERRUPTED:  # whoever presses Ctrl-C once more has been heard
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    ended = status in (ExitStatus.DONE, ExitStatus.INTERRUPTED)
+    if ended and "torch" in sys.modules and _SERVING not in sys.modules:
+        # What torch clears up takes a tenth of a second, a matrix in flight seconds, and nothing of
+        # a command is left open. A service has processes to end, which it does at its exit.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -260,6 +260,23 @@ def test_the_same_command_goes_on_after_an_interruption(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.parametrize("gap_s", [0.01, 0.04, 0.08, 0.15])
+def test_ctrl_c_pressed_twice_is_one_interruption(
+    slow_model: Path, tmp_path: Path, gap_s: float
+) -> None:
+    out = tmp_path / "out"
+    command = ["convert", slow_model, "--out", out, "--svd-method", "exact"]
+    with running(*command) as process:
+        wait_for(lambda: finished_matrices(out) >= 2, "two matrices")
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap_s)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, stderr
+    assert stderr.endswith("interrupted: the same command goes on where this one stopped\n")
+    assert "Traceback" not in stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_planning_child_ends_with_its_parent(
     slow_model: Path, tmp_path: Path, number: signal.Signals
