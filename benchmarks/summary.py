@@ -7,13 +7,13 @@ from pathlib import Path
 
 import matplotlib as mpl
 import service_tables
+from convert import MATCHED
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-MATCHED = "pissa convert, as inexact as niter_16"
 
 INTRODUCTION = """# Benchmarks
 

@@ -46,6 +46,10 @@ def lay_ground(
 ) -> list[ByteRange]:
     """Lay out an attempt's scratch folder, or take up what a dead attempt left in it.
 
+    Nothing is synced yet, so that no core waits for the disk. What a crash of the machine loses
+    shows in the checksums, which `_is_intact` takes of everything again; and by another boot id
+    no range of the copy counts as untouched.
+
     Returns:
         The ranges of the copy that are still to be copied from the source, whoever did whatever
         before.
@@ -53,8 +57,16 @@ def lay_ground(
     unchanged = _unchanged(plan, shard)
     first = _first_line(folder)
     pending = unchanged if first.get("pending") else []
-    if not _is_intact(folder, shard, header, first, pending):
-        pending = _lay_out(folder, plan, shard, source, header, replace)
+    if _is_intact(folder, shard, header, first, pending):
+        return pending
+    for name in ("journal", "shard", "part"):
+        (folder / name).unlink(missing_ok=True)  # may be linked to what has been sealed
+    pending = unchanged if _begin_copy(shard, source, folder / "shard") else []
+    if replace is not None:
+        with PatchFile(folder / "shard") as copy:
+            replace(copy)
+    _begin_part(folder / "part", carried_of(plan, shard), shard, source, header)
+    _begin_journal(folder, _checksum_around(folder, shard, header, pending), bool(pending))
     return pending
 
 
@@ -85,39 +97,6 @@ def _targets(shard: ShardPlan) -> list[ByteRange]:
     return [(matrix.start, matrix.stop) for matrix in shard.matrices]
 
 
-def _lay_out(
-    folder: Path,
-    plan: Plan,
-    shard: ShardPlan,
-    source: CheckpointSource,
-    header: Header,
-    replace: Replace | None,
-) -> list[ByteRange]:
-    """Begin the private copy and reserve the part; the journal appears when both are there.
-
-    Nothing is synced yet, so that no core waits for the disk. What a crash of the machine loses
-    shows in the checksums, which `_is_intact` takes of everything again; and by another boot id
-    no range of the copy counts as untouched.
-    """
-    for name in ("journal", "shard", "part"):
-        (folder / name).unlink(missing_ok=True)  # may be linked to what has been sealed
-    pending = _unchanged(plan, shard) if _begin_copy(shard, source, folder / "shard") else []
-    if replace is not None:
-        with PatchFile(folder / "shard") as copy:
-            replace(copy)
-    with PatchFile(folder / "part", create_size=header.file_size) as part:
-        part.write(0, header.encoded)
-        for tensor in carried_of(plan, shard):
-            start = shard.source_start(tensor.start)
-            chunks = source.stream(shard.source_path, start, start + tensor.stop - tensor.start)
-            part.write_all(header.starts[tensor.key], chunks)
-    around = _checksum_around(folder, shard, header, pending)
-    first = {"boot": boot_id(), "around": around, "pending": bool(pending)}
-    (folder / "journal.new").write_text(json.dumps(first) + "\n")
-    (folder / "journal.new").rename(folder / "journal")
-    return pending
-
-
 def _begin_copy(shard: ShardPlan, source: CheckpointSource, to: Path) -> bool:
     """Make the private copy; return whether what stays as it is has still to be copied."""
     if shard.run is not None:
@@ -135,6 +114,29 @@ def _copy_run(shard: ShardPlan, run: Run, source: CheckpointSource, to: Path) ->
         copy.write(0, header)
         if not source.rereads:
             copy.write_all(len(header), source.stream(shard.source_path, run.start, run.stop))
+
+
+def _begin_part(
+    path: Path,
+    carried: list[CarriedTensor],
+    shard: ShardPlan,
+    source: CheckpointSource,
+    header: Header,
+) -> None:
+    """Reserve the part, and write what of it is known: its header, tensors stored whole."""
+    with PatchFile(path, create_size=header.file_size) as part:
+        part.write(0, header.encoded)
+        for tensor in carried:
+            start = shard.source_start(tensor.start)
+            chunks = source.stream(shard.source_path, start, start + tensor.stop - tensor.start)
+            part.write_all(header.starts[tensor.key], chunks)
+
+
+def _begin_journal(folder: Path, around: str, pending: bool) -> None:
+    """Make the journal, by which it is known that copy and part are laid out."""
+    first = {"boot": boot_id(), "around": around, "pending": pending}
+    (folder / "journal.new").write_text(json.dumps(first) + "\n")
+    (folder / "journal.new").rename(folder / "journal")
 
 
 def _header_of(run: Run) -> bytes:

@@ -52,6 +52,12 @@ def checksums(folder: Path) -> dict[str, str]:
     }
 
 
+def header_of(path: Path) -> bytes:
+    """Return a safetensors file's header, its length included."""
+    content = path.read_bytes()
+    return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
 def fold_to(
     residual: Path,
     adapter: Path,

@@ -44,7 +44,7 @@ def memory_cage() -> Iterator[Path]:
         tree = Path("/sys/fs/cgroup/memory" if first else "/sys/fs/cgroup")
         cage = tree / path.lstrip("/") / "pissa-chaos"
         with suppress(OSError):
-            cage.mkdir()
+            cage.mkdir(exist_ok=True)  # a scenario that failed may have left it
             if (cage / _limit_of(cage)).exists():
                 break
             cage.rmdir()

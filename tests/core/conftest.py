@@ -1,10 +1,12 @@
-"""Fixtures of the arithmetic."""
+"""Fixtures of the arithmetic, and the models that conversions are tested with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import tinymodels
 import torch
 from torch import Tensor
 
@@ -37,3 +39,18 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(operator, "BFLOAT16", True)
     monkeypatch.setattr(operator, "times_transposed", rounded)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    folder = tinymodels.save_model("llama", tmp_path / "model", dtype="bf16")
+    (folder / "tokenizer.json").write_text('{"left": "as it was"}')
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# The original card\n")
+    return folder
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return tinymodels.save_model(
+        "llama", tmp_path / "sharded", dtype="bf16", max_shard_size=tinymodels.SHARDED
+    )
