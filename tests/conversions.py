@@ -89,7 +89,11 @@ def folding_of(
     sink = open_sink(LocalRef(str(output)), digest=digest)
     original = open_other(LocalRef(plan.fold.original)) if plan.fold.original else None
     return engine.carry_out(
-        plan, source, sink, Runtime(device="cpu", **runtime), beside=Beside(beside, original)
+        plan,
+        source,
+        sink,
+        Runtime(**{"device": "cpu", **runtime}),
+        beside=Beside(beside, original),
     )
 
 

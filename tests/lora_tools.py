@@ -28,6 +28,7 @@ def to_lora(
     initial: Path | None = None,
     *,
     slots: int | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
     """Convert from folder to folder; return the manifest."""
@@ -39,7 +40,7 @@ def to_lora(
     )
     sink = open_sink(LocalRef(str(out)), digest=digest)
     plan = make_lora_plan(found, asked, open_source)
-    runtime = Runtime(device="cpu", slots=slots)
+    runtime = Runtime(device=device, slots=slots)
     check_lora_plan(plan, found, sink, runtime)
     events = list(convert_adapter(plan, found.trained, found.initial, sink, runtime))
     (published,) = [event for event in events if isinstance(event, Published)]

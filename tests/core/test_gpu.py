@@ -1,24 +1,60 @@
-"""What a GPU does: the same certificates, the same bytes twice, and room made where it is short."""
+"""What a GPU does: the same certificates, the same bytes twice, and room made where it is short.
+
+The way there and back is gone with the GPU there is, if there is one, and always with one that is
+none, see `pretend_gpu`.
+"""
 
 from __future__ import annotations
 
 import pytest
 import tinymodels
 import torch
-from conversions import checksums, course_of
+from conversions import checksums, convert_to, course_of, fold_to, verified
+from lora_tools import to_lora
+from pretend_gpu import pretended_gpu
 from spectra import SPECTRA, missed_energy
 
 from pissa_core.certify import certify
 from pissa_core.events import MatrixDone
+from pissa_core.footprint import working_bytes
 from pissa_core.runtime import Runtime, resolve
+from pissa_core.spec import SvdConfig
+from pissa_core.split import split_principal
 from pissa_core.svd import truncated_svd
 
-pytestmark = [
+REAL = (
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use"),
-]
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use"),
+)
 
 
+def real(test):
+    """Mark a test that says nothing without a GPU."""
+    for mark in REAL:
+        test = mark(test)
+    return test
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: tinymodels.save_model(name, folder / name, dtype=dtype)
+        for name, dtype in (("llama", "bf16"), ("gpt2", "fp32"))
+    }
+
+
+@pytest.fixture(params=["pretended", pytest.param("real", marks=REAL)])
+def gpu(request, models):
+    """What `pretended_gpu` gives; None for a real one."""
+    if request.param == "real":
+        yield None
+    else:
+        with pretended_gpu() as pretended:
+            yield pretended
+
+
+@real
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_no_certificate_is_false(spectrum, dtype):
@@ -30,31 +66,116 @@ def test_no_certificate_is_false(spectrum, dtype):
         assert missed <= certify(found, torch.zeros_like(found.S), 0.0).missed <= 1.2e-4
 
 
-def test_the_same_bytes_whatever_the_slots(tmp_path):
-    model = tinymodels.save_model("llama", tmp_path / "model", dtype="bf16")
+@pytest.mark.parametrize("rounding", ["faithful", "peft"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_same_bytes_whatever_the_slots(gpu, models, name, rounding, tmp_path):
+    method = "auto" if rounding == "faithful" else "exact"
+    config = {"rank": 4, "rounding": rounding, "svd": {"method": method}}
     outputs = []
     for slots in (1, 4):
         out = tmp_path / str(slots) / "out"
-        list(course_of(model, out, {"rank": 4}, device="cuda", slots=slots))
+        course = list(course_of(models[name], out, config, device="cuda", slots=slots))
+        assert {row["device"] for row in rows_of(course)} == {"cuda"}
+        assert verified(models[name], out)["passed"]
         outputs.append(checksums(out)["model.safetensors"])
     assert outputs[0] == outputs[1]
+    assert gpu is None or gpu.late
 
 
-def test_the_budget_is_that_of_the_device():
+def test_there_and_back(gpu, models, tmp_path):
+    pair = tmp_path / "pair"
+    convert_to(models["llama"], pair, {"rank": 4}, device="cuda")
+    back = fold_to(pair, pair / "pissa_init", tmp_path / "back", device="cuda")
+    assert back["matrices"]
+    assert all(row["recombination_error"] < 4e-3 for row in back["matrices"])
+    exact = to_lora(pair / "pissa_init", tmp_path / "lora", device="cuda")
+    squeezed = to_lora(pair / "pissa_init", tmp_path / "small", device="cuda", rank=2)
+    assert exact["matrices"]
+    assert squeezed["matrices"]
+    assert all(row["lost"] < 1e-6 for row in squeezed["matrices"])  # nothing was trained
+
+
+def test_the_budget_is_that_of_the_device(gpu):
     free, _ = torch.cuda.mem_get_info()
     assert 0 < resolve(Runtime(device="cuda")).budget < free
     assert resolve(Runtime(device="cuda", memory_budget=12345)).budget == 12345
 
 
-def test_what_does_not_fit_the_device_is_done_on_the_cpu(tmp_path, caplog):
-    model = tinymodels.save_model("llama", tmp_path / "model", dtype="bf16")
+def test_what_does_not_fit_the_device_is_done_on_the_cpu(gpu, models, tmp_path, caplog):
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-9)
     try:
-        events = list(course_of(model, tmp_path / "out", {"rank": 4}, device="cuda", slots=3))
+        course = list(course_of(models["llama"], tmp_path / "out", {"rank": 4}, device="cuda"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    rows = [event.row for event in events if isinstance(event, MatrixDone)]
-    assert {row["device"] for row in rows} == {"cpu"}
+    assert {row["device"] for row in rows_of(course)} == {"cpu"}
     assert "going on with 1" in caplog.text
     assert "it is decomposed on the CPU" in caplog.text
+
+
+def rows_of(course):
+    return [event.row for event in course if isinstance(event, MatrixDone)]
+
+
+def test_where_memory_runs_out_in_company_there_is_one_slot_less(models, tmp_path, caplog):
+    config = {"rank": 4}
+    with pretended_gpu() as gpu:
+        alone = tmp_path / "alone" / "out"
+        list(course_of(models["llama"], alone, config, device="cuda", slots=1))
+        gpu.limit = gpu.peak
+        crowded = tmp_path / "crowded" / "out"
+        course = list(course_of(models["llama"], crowded, config, device="cuda", slots=8))
+        assert gpu.used == 0
+    assert {row["device"] for row in rows_of(course)} == {"cuda"}
+    assert "memory ran out with up to 8 matrices in flight; going on with 7" in caplog.text
+    assert checksums(alone)["model.safetensors"] == checksums(crowded)["model.safetensors"]
+
+
+@pytest.mark.parametrize("rounding", ["faithful", "peft"])
+@pytest.mark.parametrize("method", ["auto", "lowrank", "exact"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("m", "n", "rank"), [(1400, 1200, 4), (500, 2400, 24), (760, 2000, 48)])
+def test_what_is_promised_of_the_devices_memory_is_enough(m, n, rank, dtype, method, rounding):
+    W = torch.randn(m, n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with pretended_gpu() as gpu:
+        split_principal(
+            W.cuda(),
+            rank,
+            scaling=1.0,
+            svd=SvdConfig(method=method, niter=1),
+            seed=0,
+            rounding=rounding,
+            adapter_dtype=torch.float32,
+            overwrite=True,
+        )
+        promised = working_bytes(m, n, rank, dtype.itemsize, method, rounding, device="cuda")
+        assert W.nbytes < gpu.peak <= promised
+
+
+def test_the_pretended_gpu_forgives_less_than_a_real_one():
+    pageable, garbage = torch.ones(4), torch.isnan
+    with pretended_gpu() as gpu:
+        there = pageable.cuda()
+        with pytest.raises(RuntimeError, match="same device"):
+            there + pageable
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        with pytest.raises(RuntimeError, match="pageable"):
+            pageable.to(torch.device("cuda"), non_blocking=True)
+        back = torch.empty_like(there, device="cpu", pin_memory=True)
+        back.copy_(there, non_blocking=True)
+        assert garbage(back).all()
+        gpu.stream.synchronize()
+        assert torch.equal(back, pageable)
+        back.to(torch.device("cuda"), non_blocking=True)
+        back.zero_()
+        with pytest.raises(RuntimeError, match="changed before it was copied"):
+            gpu.stream.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            other = there.clone() if not gpu.default.busy else None
+        assert other is not None
+        with pytest.raises(RuntimeError, match="another stream"):
+            other + there
+        gpu.limit = gpu.used
+        with pytest.raises(torch.OutOfMemoryError):
+            there * 2
