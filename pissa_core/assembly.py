@@ -10,14 +10,13 @@ from functools import partial
 from typing import Any
 
 from pissa_core import report
-from pissa_core.layout.sidefiles import INITIAL, read_card
+from pissa_core.layout.sidefiles import INITIAL, MANIFEST, read_card
 from pissa_core.openfile import CHUNK
 from pissa_core.plan import Plan
 from pissa_core.ports import CheckpointSink, CheckpointSource, FileInfo, Publication, Seal
 from pissa_core.tensorfile import Header, concatenate, make_header
 from pissa_core.workbench import part_entries
 
-MANIFEST = "pissa_manifest.json"
 ADAPTER = f"{INITIAL}/adapter_model.safetensors"
 ADAPTER_CONFIG = f"{INITIAL}/adapter_config.json"
 

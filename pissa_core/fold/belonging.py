@@ -22,12 +22,11 @@ from pissa_core.layout.jsonfile import (
     MOST_IN_A_MANIFEST,
     read_object,
 )
-from pissa_core.layout.sidefiles import INITIAL
+from pissa_core.layout.sidefiles import INITIAL, MANIFEST
 from pissa_core.plan import Matrix
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import HubRef, Ref, parse_ref
 
-MANIFEST = "pissa_manifest.json"
 RESIDUAL_KIND = "base-to-pissa"
 
 Open = Callable[[Ref], CheckpointSource]

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub.repocard_data import ModelCardData
 
-from pissa_core.layout.sidefiles import CARD, read_card
+from pissa_core.layout.sidefiles import CARD, MANIFEST, read_card
 from pissa_core.plan import Fold, Plan
 from pissa_core.ports import CheckpointSink, CheckpointSource, FileInfo, Publication, Seal
 from pissa_core.refs import HubRef, parse_ref
@@ -20,7 +20,6 @@ from pissa_core.report.figures import Row, in_plan_order
 from pissa_core.report.manifest import SCHEMA, canonical_json, versions
 from pissa_core.report.metadata import kept_metadata, make_card, split_card
 
-MANIFEST = "pissa_manifest.json"
 _OWN_TAGS = frozenset({"pissa", "peft", "lora", "residual"})
 
 

@@ -20,7 +20,10 @@ CARD = "README.md"
 INITIAL = "pissa_init"
 """The folder of the initial adapter in a residual model."""
 
-OWN_NAMES = ("pissa_manifest.json", INITIAL, "pissa_report", ".pissa-storage-id")
+MANIFEST = "pissa_manifest.json"
+"""What was done, and what came out, a row a matrix; of every kind of result."""
+
+OWN_NAMES = (MANIFEST, INITIAL, "pissa_report", ".pissa-storage-id")
 """First path segments of what a conversion writes, and the service's mark in a local root."""
 
 OTHER_FORMATS = (

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pissa_core.layout.sidefiles import MANIFEST
 from pissa_core.lora.adapter import CONFIG
 from pissa_core.lora.card import card
-from pissa_core.lora.finding import MANIFEST
 from pissa_core.lora.form import adapter_config
 from pissa_core.lora.plan import LoraPlan
 from pissa_core.ports import CheckpointSource, FileInfo, Publication, Seal

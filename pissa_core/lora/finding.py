@@ -20,12 +20,11 @@ from pissa_core.errors import (
     WrongBase,
 )
 from pissa_core.layout.jsonfile import LARGEST_MANIFEST, MOST_IN_A_MANIFEST, read_object
-from pissa_core.layout.sidefiles import INITIAL
+from pissa_core.layout.sidefiles import INITIAL, MANIFEST
 from pissa_core.lora.adapter import CONFIG, read_config
 from pissa_core.ports import CheckpointSource
 from pissa_core.refs import HubRef, LocalRef, Ref, parse_ref
 
-MANIFEST = "pissa_manifest.json"
 _HINT = "name the initial adapter (--initial, in REST initial)"
 
 HERE = Path()

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pissa_core.errors import AdaptersDoNotMatch, HeaderInvalid, WrongBase
-from pissa_core.layout.sidefiles import INITIAL
+from pissa_core.layout.sidefiles import INITIAL, MANIFEST
 from pissa_core.lora.adapter import CONFIG, WEIGHTS, Adapter
 from pissa_core.lora.finding import (
     HERE,
-    MANIFEST,
     Opener,
     Place,
     base_of,

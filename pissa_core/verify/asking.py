@@ -16,7 +16,7 @@ from pissa_core.layout.jsonfile import (
     parse_object,
     read_bounded,
 )
-from pissa_core.layout.sidefiles import CARD, INITIAL, OWN_NAMES
+from pissa_core.layout.sidefiles import CARD, INITIAL, MANIFEST, OWN_NAMES
 from pissa_core.plan import CarriedTensor, Matrix, Piece
 from pissa_core.ports import CheckpointSource
 from pissa_core.report.manifest import canonical_json
@@ -25,7 +25,6 @@ from pissa_core.verify.case import OTHERS, Case, Fault, Unit, of_a_tool
 from pissa_core.verify.claims import row_faults, shape_faults, total_faults
 from pissa_core.verify.examine import ADAPTER
 
-MANIFEST = "pissa_manifest.json"
 CONFIG = f"{INITIAL}/adapter_config.json"
 _OURS = {
     MANIFEST,

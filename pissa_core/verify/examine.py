@@ -14,7 +14,7 @@ from torch import Tensor
 from pissa_core.errors import CheckpointError
 from pissa_core.events import MatrixDone, ShardStarted
 from pissa_core.layout import TensorInfo, read_header, read_layout
-from pissa_core.layout.sidefiles import INITIAL
+from pissa_core.layout.sidefiles import INITIAL, MANIFEST
 from pissa_core.plan import Matrix, row_of
 from pissa_core.ports import CheckpointSource
 from pissa_core.tensorfile import TORCH_DTYPES, empty
@@ -222,7 +222,7 @@ class Examiner:
         for path in sorted(ours.keys() - units):
             listed = self.case.manifest.get("files")
             stated = isinstance(listed, dict) and path in listed
-            if path == "pissa_manifest.json" or (of_a_tool(path) and not stated):
+            if path == MANIFEST or (of_a_tool(path) and not stated):
                 continue
             self._hash(path, finding)
             if path in self.case.side_files and path in theirs:
