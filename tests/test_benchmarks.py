@@ -96,6 +96,7 @@ def test_the_optimal_adapter_misses_nothing_and_a_worse_one_what_it_misses(load,
     assert 0 < lost["missed"] < lost["worst_missed"]
 
 
+@pytest.mark.slow
 def test_the_loosest_tolerance_misses_no_more_than_was_asked_and_the_next_one_does(load, tmp_path):
     energy, checkpoint = load("energy"), load("checkpoint")
     shape = checkpoint.Shape(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _TELLING = 2
+_MOST_A_CHECK = 10
 
 
 @dataclass(slots=True)
@@ -122,14 +123,14 @@ def _print_fault(check: str, fault: Mapping[str, str]) -> None:
 
 def _print_faults(checks: Iterable[Mapping[str, Any]]) -> None:
     for check in checks:
-        for fault in check["faults"]:
+        for fault in check["faults"][:_MOST_A_CHECK]:
             _print_fault(check["name"], fault)
-        if check["more_faults"]:
-            print(f"fault[{check['name']}] and {check['more_faults']} more")
+        if more := len(check["faults"][_MOST_A_CHECK:]) + check["more_faults"]:
+            print(f"fault[{check['name']}] and {more} more; --json lists a hundred")
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """Print the checks as a table, then every fault, then the verdict."""
+    """Print the checks as a table, then the first faults of each, then the verdict."""
     stranger = _stranger(report)
     if stranger:
         print(f"{stranger}\n")

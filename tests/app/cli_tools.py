@@ -45,3 +45,9 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def plant_strangers(folder: Path) -> None:
+    """Leave modules in a folder that end whatever process imports them from there."""
+    for name in ("torch", "tokenizers", "queue", "celery", "redis", "app", "worker"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a stranger has run')")

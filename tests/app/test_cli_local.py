@@ -234,7 +234,13 @@ def undisturbed(slow_model: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return checksums(out)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGKILL)),
+    ],
+)
 def test_the_same_command_goes_on_after_an_interruption(
     slow_model: Path, tmp_path: Path, undisturbed: dict[str, str], number: signal.Signals
 ) -> None:

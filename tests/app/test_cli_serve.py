@@ -18,7 +18,7 @@ import httpx2
 import psutil
 import pytest
 import torch
-from cli_tools import PATIENCE_S, PISSA, environment, pissa
+from cli_tools import PATIENCE_S, PISSA, environment, pissa, plant_strangers
 from tinymodels import SHARDED, make_model, save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,13 +61,16 @@ class Service:
 
 @contextmanager
 def served(folder: Path, *options: str, **env: str) -> Iterator[Service]:
-    """Run `pissa serve` on a free port; whatever happens, nothing of it stays."""
-    root, log = folder / "models", folder / "serve.log"
+    """Run `pissa serve` on a free port, among strangers; whatever happens, nothing of it stays."""
+    root, log, strange = folder / "models", folder / "serve.log", folder / "strange"
     root.mkdir(exist_ok=True)
+    strange.mkdir(exist_ok=True)
+    plant_strangers(strange)
     with (
         log.open("wb") as written,
         subprocess.Popen(
             [PISSA, "serve", "--port", "0", "--data-dir", str(folder / "data"), *options],
+            cwd=strange,
             env=environment(PISSA_LOCAL_ROOT=str(root), **env),
             stdout=subprocess.PIPE,
             stderr=written,
@@ -267,6 +270,7 @@ def test_one_signal_ends_everything(tmp_path: Path, number: signal.Signals) -> N
         assert "Traceback" not in service.log.read_text()
 
 
+@pytest.mark.slow
 def test_kill_9_takes_the_children_along_and_jobs_survive_it(tmp_path: Path) -> None:
     with served(tmp_path) as service:
         save_model("llama", service.root / "llama")
@@ -330,6 +334,7 @@ def test_a_bad_setting_is_refused_by_name(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_one_more_worker_joins_and_outlives_the_shell_that_started_it(tmp_path: Path) -> None:
     with served(tmp_path, "--workers", "0") as service:
         env = environment(PISSA_DATA_DIR=str(tmp_path / "data"), PISSA_LOCAL_ROOT=str(service.root))

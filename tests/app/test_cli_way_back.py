@@ -100,6 +100,12 @@ def test_verify_finds_a_fault_with_status_1(made, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "fault[files] model.safetensors: its sha256 is" in printed
     assert "NOT PASSED" in printed
+    (files,) = (check for check in report["checks"] if check["name"] == "files")
+    files["faults"], files["more_faults"] = files["faults"] * 30, 70
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert printed.count("fault[files] model.safetensors") == 10
+    assert "fault[files] and 90 more; --json lists a hundred" in printed
 
 
 def test_verify_of_what_we_never_made_says_so_first(made, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tinymodels
 import torch
+from cli_tools import PISSA, plant_strangers
 
 from app.cli.child import child
 from app.cli.planner import Pending
@@ -208,10 +209,9 @@ def test_nothing_is_imported_from_the_folder_a_command_stands_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tinymodels.save_model("llama", tmp_path / "llama")
-    for name in ("torch", "tokenizers", "queue", "app"):
-        (folder / f"{name}.py").write_text("raise SystemExit('a stranger has run')")
+    plant_strangers(folder)
     monkeypatch.chdir(folder)
-    command = [str(Path(sys.executable).parent / "pissa"), "plan", ".", "--rank", "2", "--json"]
+    command = [PISSA, "plan", ".", "--rank", "2", "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "planning\n")
     assert json.loads(done.stdout)["model_class"] == "LlamaForCausalLM"

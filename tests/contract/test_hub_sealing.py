@@ -104,6 +104,7 @@ def test_a_common_commit_whose_answer_is_lost_is_not_made_twice(hub, open_hub_si
     assert machine.titles() == [f"Seal {shards[0]}", "Seal 2 shards"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("served", [False, True])
 def test_one_that_is_killed_amid_a_common_commit_leaves_it_to_the_others(machine, served):
     hub, shards = machine.hub, ["a", "b", "c"]
@@ -131,6 +132,7 @@ def test_one_that_is_killed_amid_a_common_commit_leaves_it_to_the_others(machine
     assert not list(machine.scratch.glob("d1/.sealing/*"))
 
 
+@pytest.mark.slow
 def test_a_killed_one_that_waited_is_not_sealed_by_the_others(machine):
     """Its shard may be another's by now; what it sent is not sent again."""
     tokens: dict[str, str] = {}

@@ -125,6 +125,7 @@ def test_a_killed_child_is_noticed_by_its_node(
     assert resumed_matrices(service.store, job_id)[1] >= 3
 
 
+@pytest.mark.slow
 def test_a_shard_goes_from_a_sleeping_worker_to_a_stopping_one_and_back(
     service: Service, model: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
@@ -179,6 +180,7 @@ def test_cancelling_does_not_wait_for_a_huge_matrix(service: Service, tmp_path: 
     assert [path.name for path in model.parent.iterdir()] == ["m"]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_takes_its_nodes_along(service: Service, tmp_path: Path) -> None:
     log = tmp_path / "second.log"
     with running_worker(service.settings, log) as worker:
