@@ -1,13 +1,13 @@
 """Everything that is to be measured on a GPU, in one call.
 
     python benchmarks/gpu.py                  all of it: about fifteen minutes
-    python benchmarks/gpu.py --part kernel    or tests, or convert: five minutes each
+    python benchmarks/gpu.py --part kernel    or tests, costs, convert: five minutes each, at most
 
-tests: `pytest -m gpu`. kernel: single matrices against PEFT's randomised SVD on the same device
-(wanted: 20 times faster than niter_16 at rank 128). convert: a local checkpoint of 16 GB against
-`cp` + fsync of it (wanted: within 1.25 times) and PEFT's niter_16. Writes
-results/kernel-cuda.json and results/convert-cuda.json, with the device's name, and prints whether
-the figures were reached.
+tests: `pytest -m gpu`. costs: what the pieces of a search take, see `gpu_costs`. kernel: single
+matrices against PEFT's randomised SVD on the same device (wanted: 20 times faster than niter_16 at
+rank 128). convert: a local checkpoint of 16 GB against `cp` + fsync of it (wanted: within 1.25
+times) and PEFT's niter_16. Writes results/costs-cuda.json, kernel-cuda.json and convert-cuda.json,
+with the device's name, and prints whether the figures were reached.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ COPY_LIMIT, KERNEL_LIMIT = 1.25, 20.0
 def tests() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/core/test_gpu.py"]
     subprocess.run(command, cwd=HERE.parent, check=True)
+
+
+def costs() -> None:
+    subprocess.run([sys.executable, str(HERE / "gpu_costs.py")], check=True)
 
 
 def kernel() -> None:
@@ -99,12 +103,14 @@ class DeviceMemory:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("tests", "kernel", "convert"))
+    parser.add_argument("--part", choices=("tests", "costs", "kernel", "convert"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=HERE.parent / ".cache" / "bench")
     args = parser.parse_args()
     if args.part in (None, "tests"):
         tests()
+    if args.part in (None, "costs"):
+        costs()
     if args.part in (None, "kernel"):
         kernel()
     if args.part in (None, "convert"):

@@ -118,6 +118,23 @@ def test_the_loosest_tolerance_misses_no_more_than_was_asked_and_the_next_one_do
     assert energy.loosest(folder, truth, 8, -1.0) is None
 
 
+def test_the_pieces_of_a_search_are_timed_and_its_operations_counted(load, tmp_path, monkeypatch):
+    words = ["--device", "cpu", "--shape", "300x200", "--rank", "4", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu_costs.py", *words])
+    load("gpu_costs").main()
+    found = json.loads((tmp_path / "costs-cpu.json").read_text())
+    costs = found["milliseconds"]
+    assert {
+        "auto 0.0001",
+        "torch niter 16",
+        "the Gram matrix",
+        "qr 300 x 4 float32",
+    } <= costs.keys()
+    assert all(each > 0 for each in costs.values())
+    calls = {row["operation"]: row["calls"] for row in found["operations"]["torch niter 16"]}
+    assert calls["aten::linalg_qr"] == 33
+
+
 def test_a_sample_is_counted_by_its_process_thread_and_symbol(load):
     sampled = load("sampled")
     said = [
