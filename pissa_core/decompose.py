@@ -29,6 +29,15 @@ from pissa_core.split import matrix_seed, split_principal
 from pissa_core.workbench import Workbench
 
 _CPU = torch.device("cpu")
+# Only for tensors on a GPU there is a class, torch.OutOfMemoryError. For memory of the CPU,
+# page-locked memory and what cuBLAS and cuSOLVER take for a thread's handle it is a plain
+# RuntimeError (pytorch/pytorch#128601).
+_SAYINGS = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
 _log = logging.getLogger(__name__)
 
 
@@ -196,9 +205,8 @@ class _Lanes:
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error says so; if it does, what its frames still held is let go."""
-    # torch raises a plain RuntimeError when a CPU allocation fails; there is no class for it.
     kinds = (OutOfMemory, MemoryError, torch.OutOfMemoryError)
-    if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
+    if not isinstance(error, kinds) and not any(saying in str(error) for saying in _SAYINGS):
         return False
     if isinstance(error, OutOfMemory):  # the thread has left the frames below
         cause: BaseException | None = error

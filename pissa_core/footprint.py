@@ -38,7 +38,8 @@ def working_bytes(
       the vectors stay while R is formed.
     * ``peft`` rounding: s m n for R, and 20 m n for its chain of float32 matrices, after the SVD.
     * on a GPU: panels are larger, three of 256 MB or of W in float32, whichever is less, through
-      the search as well. There this is memory of the device; the host needs 2 s m n of it.
+      the search as well. There this is memory of the device; the host needs 2 s m n of it,
+      page-locked: torch rounds that up to a power of two and keeps it for the next matrix.
     """
     d, r = min(m, n), min(rank, m, n)
     stored = dtype_bytes * m * n + 16 * (m + n) * r

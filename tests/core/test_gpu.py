@@ -15,6 +15,7 @@ from pretend_gpu import pretended_gpu
 from spectra import SPECTRA, missed_energy
 
 from pissa_core.certify import certify
+from pissa_core.decompose import ran_out_of_memory
 from pissa_core.events import MatrixDone
 from pissa_core.footprint import working_bytes
 from pissa_core.runtime import Runtime, resolve
@@ -150,6 +151,19 @@ def test_what_is_promised_of_the_devices_memory_is_enough(m, n, rank, dtype, met
         )
         promised = working_bytes(m, n, rank, dtype.itemsize, method, rounding, device="cuda")
         assert W.nbytes < gpu.peak <= promised
+
+
+@pytest.mark.parametrize(
+    ("sentence", "out_of_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_what_libraries_say_of_the_devices_memory_counts_as_well(sentence, out_of_memory):
+    assert ran_out_of_memory(RuntimeError(sentence)) is out_of_memory
 
 
 def test_the_pretended_gpu_forgives_less_than_a_real_one():
