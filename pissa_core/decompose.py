@@ -209,10 +209,10 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, kinds) and not any(saying in str(error) for saying in _SAYINGS):
         return False
     if isinstance(error, OutOfMemory):  # the thread has left the frames below
-        cause: BaseException | None = error
-        while cause is not None:
-            traceback.clear_frames(cause.__traceback__)
-            cause = cause.__cause__
+        before: BaseException | None = error
+        while before is not None:
+            traceback.clear_frames(before.__traceback__)
+            before = before.__cause__ or before.__context__
         gc.collect()
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()

@@ -86,9 +86,9 @@ def run_in_slots(
             for flight in running.values():
                 flight.crowded |= len(running) > 1
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                flight = running.pop(future)
-                error = future.exception()
+            while finished:
+                future = finished.pop()
+                flight, error = running.pop(future), future.exception()
                 if error is None or ran_out is None or not ran_out(error):
                     yield future.result()
                 elif flight.crowded:
@@ -98,6 +98,7 @@ def run_in_slots(
                     yield pool.submit(last_resort, flight.item).result()
                 else:
                     raise error
+                del future, error  # or what the error holds lies about while the item runs again
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

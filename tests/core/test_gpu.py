@@ -6,6 +6,8 @@ none, see `pretend_gpu`.
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import tinymodels
 import torch
@@ -16,6 +18,7 @@ from spectra import SPECTRA, missed_energy
 
 from pissa_core.certify import certify
 from pissa_core.decompose import ran_out_of_memory
+from pissa_core.errors import OutOfMemory
 from pissa_core.events import MatrixDone
 from pissa_core.footprint import working_bytes
 from pissa_core.runtime import Runtime, resolve
@@ -164,6 +167,30 @@ def test_what_is_promised_of_the_devices_memory_is_enough(m, n, rank, dtype, met
 )
 def test_what_libraries_say_of_the_devices_memory_counts_as_well(sentence, out_of_memory):
     assert ran_out_of_memory(RuntimeError(sentence)) is out_of_memory
+
+
+def test_what_an_error_before_the_last_one_held_is_let_go_as_well():
+    held = []
+
+    def run_out():
+        matrix = torch.ones(1)
+        held.append(weakref.ref(matrix))
+        raise RuntimeError("CUDA error: out of memory")
+
+    def split():
+        try:
+            run_out()
+        except RuntimeError:
+            torch.empty(1 << 60)  # asked for to say more of the first
+
+    with pytest.raises(OutOfMemory) as caught:
+        try:
+            split()
+        except RuntimeError as error:
+            raise OutOfMemory("at a matrix") from error
+    assert held[0]() is not None
+    assert ran_out_of_memory(caught.value)
+    assert held[0]() is None
 
 
 def test_the_pretended_gpu_forgives_less_than_a_real_one():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -134,6 +135,29 @@ def test_an_item_that_does_not_fit_alone_goes_the_other_way_or_ends_it():
     assert sorted(done) == [-5, -4, -3, -2, -1, 0]
     with pytest.raises(MemoryError):
         list(run_in_slots(Room(0), items, **options))
+
+
+def test_what_errors_held_is_gone_when_their_items_are_begun_again():
+    both, held = threading.Barrier(2), []
+
+    def work(item: int) -> int:
+        if len(held) == 2:
+            until = time.monotonic() + 5  # the thread of the other error may not have let go yet
+            while any(each() for each in held) and time.monotonic() < until:
+                time.sleep(0.001)
+            return sum(each() is not None for each in held)
+        matrix = torch.ones(1)
+
+        def fail() -> None:
+            both.wait()
+            raise MemoryError(matrix.shape)  # a closure's variables outlive `clear_frames`
+
+        held.append(weakref.ref(matrix))
+        fail()
+        return 0
+
+    options = {"slots": 2, "budget": 9, "ran_out": is_memory_error}
+    assert list(run_in_slots(work, [(1, 1), (2, 1)], **options)) == [0, 0]
 
 
 def test_another_error_is_not_taken_for_want_of_memory():
