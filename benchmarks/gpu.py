@@ -1,7 +1,7 @@
 """Everything that is to be measured on a GPU, in one call.
 
     python benchmarks/gpu.py                  all of it: about fifteen minutes
-    python benchmarks/gpu.py --part kernel    or tests, costs, convert: five minutes each, at most
+    python benchmarks/gpu.py --part kernel    or tests, costs, convert: some minutes each
 
 tests: `pytest -m gpu`. costs: what the pieces of a search take, see `gpu_costs`. kernel: single
 matrices against PEFT's randomised SVD on the same device (wanted: 20 times faster than niter_16 at

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,11 +47,11 @@ def decompose(
     bench: Workbench,
     resolved: Resolved,
     head_start: HeadStart | None = None,
-) -> Iterator[MatrixDone]:
+) -> Generator[MatrixDone]:
     """Split each matrix and write its residual and factors; yield each as it is done.
 
     Reading, arithmetic and writing overlap, since every matrix has a thread of its own. On a GPU
-    each thread has a stream and page-locked buffers of its own as well, so that copies in both
+    each matrix has a stream and page-locked buffers of its own as well, so that copies in both
     directions overlap with the arithmetic of other matrices, and nothing waits for the device as a
     whole. Where memory runs out there is one slot less from then on; a matrix that is too large for
     a GPU even alone is done on the CPU, and its row says so.
@@ -158,22 +158,35 @@ class _Job:
         )
 
 
+# Streams that nobody uses. For each stream that ever multiplied torch keeps a workspace of cuBLAS,
+# 32 MB on some GPUs (pytorch/pytorch#184084), so a new one for each shard would add up.
+_idle_streams: dict[torch.device, list[Any]] = defaultdict(list)
+
+
 class _Lanes:
-    """A stream of its own for each thread on a GPU; nothing on the CPU."""
+    """A stream of its own for each matrix on a GPU; nothing on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pinned = device.type == "cuda"
-        self._threads = threading.local()
         self._buffers = Buffers()
 
-    def own(self) -> AbstractContextManager[Any]:
-        """Make this thread's stream the current one."""
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Have a stream that nobody else uses be this thread's current one."""
         if not self.pinned:
-            return nullcontext()
-        if not hasattr(self._threads, "stream"):
-            self._threads.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        return torch.cuda.stream(self._threads.stream)
+            yield
+            return
+        idle = _idle_streams[self.device]
+        try:
+            stream = idle.pop()
+        except IndexError:
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            idle.append(stream)
 
     def expect(self, matrix: Matrix, *, spare: int) -> None:
         """Have `memory` be asked for a matrix, and hold no more than `spare` bytes besides."""
@@ -193,13 +206,13 @@ class _Lanes:
         return tensor.to(self.device, non_blocking=True)
 
     def to_host(self, *tensors: Tensor) -> list[Tensor]:
-        """Copy to page-locked memory, and wait for this thread's stream alone."""
+        """Copy to page-locked memory, and wait for this matrix's stream alone."""
         if not self.pinned:
             return list(tensors)
         copies = [torch.empty_like(t, device=_CPU, pin_memory=True) for t in tensors]
         for copy, tensor in zip(copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)
-        self._threads.stream.synchronize()
+        torch.cuda.current_stream(self.device).synchronize()
         return copies
 
 

@@ -44,7 +44,7 @@ from pissa_core.lanes import in_turn, side_by_side
 from pissa_core.plan import IN_FLIGHT, Plan
 from pissa_core.planning import make_plan
 from pissa_core.ports import CheckpointSink, CheckpointSource, Seal
-from pissa_core.runtime import Runtime, give_back, resolve
+from pissa_core.runtime import Runtime, computing
 from pissa_core.spec import PissaConfig, parse_config
 from pissa_core.traffic import ThreadGate, Traffic
 from pissa_core.workbench import open_workbench, scratch_bytes, stays_as_it_is
@@ -150,16 +150,16 @@ def run_shard(
             missing = [matrix for matrix in work.matrices if matrix.tensor not in rows]
             yield from way.to_device() if missing else ()
             way.fetched()
-            resolved = resolve(runtime)  # what is free is known once nobody else computes
-            if folding is None:
-                config = parse_config(plan.config)
-                doing = decompose(missing, config, bench, resolved, head_start)
-            else:
-                doing = folding.matrices(missing, bench, resolved)
-            for done in doing:
-                rows[done.row["tensor"]] = done.row
-                yield done
-            give_back(resolved)
+            with computing(runtime) as resolved:  # what is free is known once nobody else computes
+                if folding is None:
+                    config = parse_config(plan.config)
+                    doing = decompose(missing, config, bench, resolved, head_start)
+                else:
+                    doing = folding.matrices(missing, bench, resolved)
+                with closing(doing):  # what is in flight is waited for before others compute
+                    for done in doing:
+                        rows[done.row["tensor"]] = done.row
+                        yield done
             way.computed()
             ordered = tuple(rows[matrix.tensor] for matrix in work.matrices)
             seal = bench.close_shard(ordered, attempt.folder)

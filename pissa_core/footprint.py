@@ -38,8 +38,9 @@ def working_bytes(
       the vectors stay while R is formed.
     * ``peft`` rounding: s m n for R, and 20 m n for its chain of float32 matrices, after the SVD.
     * on a GPU: panels are larger, three of 256 MB or of W in float32, whichever is less, through
-      the search as well. There this is memory of the device; the host needs 2 s m n of it,
-      page-locked: torch rounds that up to a power of two and keeps it for the next matrix.
+      the search as well; and 4 d^2 for what a panel adds to a Gram matrix. There this is memory of
+      the device; the host needs 2 s m n of it, page-locked: torch rounds that up to a power of two
+      and keeps it for the next matrix.
     """
     d, r = min(m, n), min(rank, m, n)
     stored = dtype_bytes * m * n + 16 * (m + n) * r
@@ -49,8 +50,8 @@ def working_bytes(
         finish = (20 + dtype_bytes) * m * n + 16 * (m + n) * r
     if method == "exact":
         finish += 4 * (m + n) * d
-    panels = 3 * min(GPU_PANEL_BYTES, 4 * m * n) if device == "cuda" else 0
-    return stored + max(search, finish) + panels + _SLACK + 64 * d
+    on_gpu = 3 * min(GPU_PANEL_BYTES, 4 * m * n) + 4 * d * d if device == "cuda" else 0
+    return stored + max(search, finish) + on_gpu + _SLACK + 64 * d
 
 
 def _auto(m: int, n: int, r: int, dtype_bytes: int) -> int:

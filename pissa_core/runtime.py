@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +55,8 @@ def resolve(runtime: Runtime) -> Resolved:
         InvalidRequest: if the device is not one of this machine's.
     """
     device = _device(runtime.device)
+    if device.type == "cuda":
+        _prepare(device)
     slots = runtime.slots or (usable_cores() if device.type == "cpu" else _GPU_SLOTS)
     return Resolved(device, slots, _budget(runtime.memory_budget, device))
 
@@ -65,15 +69,32 @@ def _budget(wished: int | None, device: torch.device) -> int:
     return room if wished is None else min(wished, room)
 
 
-def give_back(resolved: Resolved) -> None:
-    """Let the next process have what this one no longer uses of a GPU's memory."""
-    if resolved.device.type == "cuda":
-        torch.cuda.empty_cache()
+@contextmanager
+def computing(runtime: Runtime) -> Iterator[Resolved]:
+    """Settle a runtime, and at the end let the next process have this one's memory of a GPU.
+
+    Raises:
+        InvalidRequest: as `resolve`.
+    """
+    resolved = resolve(runtime)
+    try:
+        yield resolved
+    finally:
+        if resolved.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _prepare(device: torch.device) -> None:
+    # What asks for no device, as `empty_cache`, would else take half a gigabyte of the first GPU.
+    torch.cuda.set_device(device)
+    # Certificates rest on products in float32. Some images have TF32 stand for it, which keeps 10
+    # bits of 23.
+    torch.set_float32_matmul_precision("highest")
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -86,4 +107,4 @@ def _device(name: str) -> torch.device:
             f"there is no device {name!r} here; torch sees {torch.cuda.device_count()} GPUs",
             hint="use cpu, or auto to take what there is",
         )
-    return device
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

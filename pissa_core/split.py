@@ -97,6 +97,8 @@ def split_principal(
             found = truncated_svd(
                 W, rank, method=svd.method, tolerance=svd.tolerance, niter=svd.niter, seed=seed
             )
+    except torch.OutOfMemoryError:
+        raise
     except (ValueError, RuntimeError):
         _refuse_non_finite(W)
         raise

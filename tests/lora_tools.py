@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,36 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pissa_core.adapters import open_sink, open_source, request_digest
-from pissa_core.events import Published
+from pissa_core.events import Event, Published
 from pissa_core.lora.conversion import convert_adapter
 from pissa_core.lora.patterns import value_for
 from pissa_core.lora.planning import check_lora_plan, make_lora_plan, open_adapters
 from pissa_core.refs import LocalRef
 from pissa_core.runtime import Runtime
 from pissa_core.spec import LoraOptions
+from pissa_core.traffic import Traffic
 
 
 def to_lora(
+    trained: Path, out: Path, initial: Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """Convert from folder to folder; return the manifest."""
+    events = list(to_lora_course(trained, out, initial, **options))
+    (published,) = [event for event in events if isinstance(event, Published)]
+    return dict(published.manifest)
+
+
+def to_lora_course(
     trained: Path,
     out: Path,
     initial: Path | None = None,
     *,
     slots: int | None = None,
     device: str = "cpu",
+    traffic: Traffic | None = None,
     **options: Any,
-) -> dict[str, Any]:
-    """Convert from folder to folder; return the manifest."""
+) -> Generator[Event]:
+    """Return the events of a conversion from folder to folder, as they happen."""
     asked = LoraOptions(**options)
     given = None if initial is None else LocalRef(str(initial))
     found = open_adapters(LocalRef(str(trained)), given, open_source)
@@ -40,11 +51,9 @@ def to_lora(
     )
     sink = open_sink(LocalRef(str(out)), digest=digest)
     plan = make_lora_plan(found, asked, open_source)
-    runtime = Runtime(device=device, slots=slots)
+    runtime = Runtime(device=device, slots=slots, traffic=traffic)
     check_lora_plan(plan, found, sink, runtime)
-    events = list(convert_adapter(plan, found.trained, found.initial, sink, runtime))
-    (published,) = [event for event in events if isinstance(event, Published)]
-    return dict(published.manifest)
+    yield from convert_adapter(plan, found.trained, found.initial, sink, runtime)
 
 
 def train(

@@ -5,9 +5,10 @@ forgiving than one, it
 * refuses an operation on tensors of two devices, and of a stream that has not been waited for,
 * leaves what is copied without waiting as garbage until its stream is waited for, and refuses such
   copies to or from pageable memory, and sources that change before they are read,
-* counts its memory, and has run out of it beyond a limit.
+* counts the memory of its tensors, and has run out of it beyond a limit.
 
-It shows nothing of CUDA's kernels, their roundings or their speed.
+It shows nothing of CUDA's kernels, their roundings or their speed; of what libraries take for
+themselves; of blocks that the allocator keeps for each stream; of a second GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,11 +24,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from pissa_core import decompose
 
 MAY_MIX = ("copy_", "__getitem__", "__setitem__")
+NEVER_MIX = ("cat", "stack")  # not even with a number
 WAITS = ("item", "tolist", "equal", "cpu", "nonzero")
 WAITS += ("__float__", "__int__", "__bool__", "__index__")
+ARITHMETIC_IN_PLACE = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__")
 VIEWS = (Tensor.T, Tensor.mT, Tensor.data)
 
 
@@ -37,11 +44,12 @@ class PretendedGpu:
         limit: bytes it has.
         peak: most bytes that tensors held at once.
         late: copies that were waited for.
+        emptied: how often what is kept for reuse was given back.
     """
 
     def __init__(self) -> None:
         self.limit = self.total = 8 << 30
-        self.used = self.peak = self.late = 0
+        self.used = self.peak = self.late = self.emptied = 0
         self.default = Stream(self)
         self._holders: dict[int, int] = {}  # storages by address: tensors that hold them
         self._streams: dict[int, Stream] = {}
@@ -53,6 +61,9 @@ class PretendedGpu:
         """Return a tensor of the device that holds what `inner` does."""
         storage = inner.untyped_storage()
         address, nbytes = storage.data_ptr(), storage.nbytes()
+        tensor = GpuTensor(inner, self)
+        if not nbytes:
+            return tensor
         with self._lock:
             if address not in self._holders:
                 if self.used + nbytes > self.limit:
@@ -63,7 +74,6 @@ class PretendedGpu:
                 self.peak = max(self.peak, self.used)
                 self._streams[address] = self.stream
             self._holders[address] = self._holders.get(address, 0) + 1
-        tensor = GpuTensor(inner, self)
         weakref.finalize(tensor, self._release, address, nbytes)
         return tensor
 
@@ -90,10 +100,15 @@ class PretendedGpu:
             self._current.stream = before
 
     def check(self, tensor: GpuTensor) -> None:
-        """Refuse a tensor that another stream made and that nobody waited for."""
-        maker = self._streams[tensor.inner.untyped_storage().data_ptr()]
-        if maker is not self.stream and maker.busy:
+        """Refuse a tensor that another stream wrote and that nobody waited for."""
+        writer = self._streams.get(tensor.inner.untyped_storage().data_ptr(), self.stream)
+        if writer is not self.stream and writer.busy:
             raise RuntimeError("a tensor of another stream, which has not been waited for")
+
+    def wrote(self, tensor: Tensor) -> None:
+        """Note that the current stream has written what a tensor holds."""
+        if isinstance(tensor, GpuTensor) and tensor.numel():
+            self._streams[tensor.inner.untyped_storage().data_ptr()] = self.stream
 
     def pin(self, tensor: Tensor) -> Tensor:
         """Count memory of the CPU as page-locked."""
@@ -107,6 +122,7 @@ class PretendedGpu:
         if not late:
             self.stream.synchronize()
             _inner(target).copy_(_inner(source))
+            self.wrote(target)
             return
         host = source if isinstance(target, GpuTensor) else target
         if host.untyped_storage().data_ptr() not in self._pinned:
@@ -117,6 +133,7 @@ class PretendedGpu:
             self.stream.begin(lambda: target.copy_(content))
             return
         _inner(target).copy_(content)
+        self.wrote(target)
         self.stream.begin(lambda: _same_bytes(source, content))
 
 
@@ -131,6 +148,7 @@ class Stream:
     def begin(self, work: Callable[[], object]) -> None:
         """Leave something to be done until the stream is waited for."""
         self._begun.append(work)
+        self.busy = True
 
     def synchronize(self) -> None:
         """Wait."""
@@ -183,7 +201,9 @@ def _called(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     gpu = ours[0].gpu
     for tensor in ours:
         gpu.check(tensor)
-    strangers = [t for t in tensors if not isinstance(t, GpuTensor) and t.dim()]
+    # A number may come from the CPU, but not be written to.
+    all_alike = name in NEVER_MIX or (_is_in_place(name) and not isinstance(tensors[0], GpuTensor))
+    strangers = [t for t in tensors if not isinstance(t, GpuTensor) and (t.dim() or all_alike)]
     if strangers and name not in MAY_MIX:
         raise RuntimeError(f"{name}: expected all tensors to be on the same device")
     if strangers and name == "copy_":
@@ -207,17 +227,23 @@ def _computed(
     dtype = kwargs.pop("out_dtype", None)  # the CPU has no such kernel
     results = func(*(tree_map(_widened(dtype), args) if dtype else args), **kwargs)
 
-    def outer(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    # No closure: what it holds would stay with the frame of an error.
+    leaves, spec = tree_flatten(results)
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            continue
         if device is not None and torch.device(device).type == "cpu":
-            return gpu.pin(value) if pinned else value.clone()
-        return given[id(value)] if id(value) in given else gpu.wrap(value)
+            leaves[i] = gpu.pin(leaf) if pinned else leaf.clone()
+        else:
+            leaves[i] = given[id(leaf)] if id(leaf) in given else gpu.wrap(leaf)
+            gpu.stream.busy = True
+    if mine and _is_in_place(name):
+        gpu.wrote(mine[0])
+    return tree_unflatten(leaves, spec)
 
-    results = tree_map(outer, results)
-    if any(isinstance(leaf, GpuTensor) for leaf in tree_leaves(results)):
-        gpu.stream.busy = True
-    return results
+
+def _is_in_place(name: str) -> bool:
+    return name.endswith("_") and (not name.endswith("__") or name in ARITHMETIC_IN_PLACE)
 
 
 def _widened(dtype: torch.dtype) -> Callable[[Any], Any]:
@@ -250,20 +276,28 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
         return make
 
     def to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        device = args[0] if args and isinstance(args[0], str | torch.device) else None
+        wished = [*args, kwargs.get("device")]
+        device = next((each for each in wished if isinstance(each, str | torch.device)), None)
         if device is None or torch.device(device).type not in ("cpu", "cuda"):
             return cpu_to(self, *args, **kwargs)
+        if len(args) > 1 or not {"device", "non_blocking"} >= kwargs.keys():
+            raise NotImplementedError("to a device and something else at once")
         there = torch.device(device).type == "cuda"
         if there == isinstance(self, GpuTensor):
             return self
         copy = gpu.wrap(torch.empty_like(self)) if there else torch.empty_like(self, device="cpu")
         return copy.copy_(self, kwargs.get("non_blocking", False))
 
+    def empty_cache() -> None:
+        gpu.emptied += 1
+
     def limit(fraction: float) -> None:
         gpu.limit = int(fraction * gpu.total)
 
+    _device_constructors()  # what `with torch.device(...)` knows: the real ones, once and for all
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("empty", "zeros", "eye", "arange"):
+        patch.setattr(decompose, "_idle_streams", defaultdict(list))
+        for name in ("empty", "zeros", "ones", "full", "eye", "arange", "tensor"):
             patch.setattr(torch, name, made(getattr(torch, name)))
         patch.setattr(Tensor, "to", to)
         patch.setattr(Tensor, "cuda", lambda self: self.to(torch.device("cuda:0")))
@@ -271,9 +305,11 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
             "is_available": lambda: True,
             "is_initialized": lambda: True,
             "device_count": lambda: 1,
-            "empty_cache": lambda: None,
+            "empty_cache": empty_cache,
             "mem_get_info": lambda *_: (gpu.total - gpu.used, gpu.total),
             "set_per_process_memory_fraction": limit,
+            "set_device": lambda _: None,
+            "current_stream": lambda _: gpu.stream,
             "Stream": lambda *_: Stream(gpu),
             "stream": gpu.in_stream,
         }.items():

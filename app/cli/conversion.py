@@ -25,6 +25,7 @@ from pissa_core.events import (
     ShardSealed,
     ShardStarted,
 )
+from pissa_core.layout.sidefiles import MANIFEST
 from pissa_core.refs import HubRef, LocalRef, Ref, resolve_local
 from pissa_core.spec import PissaConfig
 from worker.processes import peak_memory_bytes
@@ -59,7 +60,7 @@ class Result:
         """Return the fields of REST's result."""
         return {
             "output": self.output,
-            "manifest": f"{self.output}/pissa_manifest.json",
+            "manifest": f"{self.output}/{MANIFEST}",
             "seconds": round(self.seconds, 3),
             "phase_seconds": {name: round(s, 3) for name, s in self.phase_seconds.items()},
             "peak_memory_bytes": self.peak_memory_bytes,

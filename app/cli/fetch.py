@@ -28,9 +28,9 @@ from app.cli.options import job_argument, json_option
 from app.cli.progress import Display, Pace, Snapshot, display
 from app.cli.units import size
 from pissa_core.errors import DownloadCorrupt, OutputExists, UnsafePath, error_from
+from pissa_core.layout.sidefiles import MANIFEST
 from pissa_core.lora.classes import class_for
 
-MANIFEST = "pissa_manifest.json"
 ADAPTER_CONFIG = "pissa_init/adapter_config.json"
 CHUNK = 1 << 20
 

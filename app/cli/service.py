@@ -109,9 +109,14 @@ def worker_commands(number: int | None) -> list[list[str]]:
     """Return what starts each worker: one a GPU, or sharing the cores."""
     gpus = gpu_count()
     number = max(gpus, 1) if number is None else number
+    if number > gpus > 0:
+        raise InvalidRequest(
+            f"{number} workers are more than the {gpus} GPUs here, and each takes one whole",
+            hint="leave --workers out for one a GPU; CUDA_VISIBLE_DEVICES= serves from the CPU",
+        )
     base = [sys.executable, "-P", "-m", "worker"]
     if gpus:
-        return [[*base, "--device", f"cuda:{index % gpus}"] for index in range(number)]
+        return [[*base, "--device", f"cuda:{index}"] for index in range(number)]
     slots = max((os.cpu_count() or 1) // max(number, 1), 1)
     shared = ["--slots", str(slots)] if number > 1 else []
     return [[*base, *shared] for _ in range(number)]

@@ -28,6 +28,7 @@ from app.cli.units import count, duration, size
 from app.lean import quick_imports
 from pissa_core.errors import InvalidConfig, PissaError
 from pissa_core.events import MatrixDone, Published, Publishing
+from pissa_core.layout.sidefiles import MANIFEST
 from pissa_core.refs import LocalRef, Ref, parse_ref, resolve_local
 from pissa_core.spec import LoraOptions
 from pissa_core.wording import wrongs
@@ -208,7 +209,7 @@ def _result(published: Published, plan: LoraPlan, seconds: float) -> dict[str, A
     local = published.ref.startswith("/")
     return {
         "output": published.ref,
-        "manifest": f"{published.ref}/pissa_manifest.json" if local else None,
+        "manifest": f"{published.ref}/{MANIFEST}" if local else None,
         "base": plan.base,
         "base_revision": plan.base_revision,
         "seconds": round(seconds, 3),

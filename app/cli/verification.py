@@ -13,6 +13,7 @@ from app.cli.progress import Display, Pace, Snapshot
 from app.lean import quick_imports
 from pissa_core.errors import SourceChanged
 from pissa_core.events import MatrixDone, ShardStarted
+from pissa_core.layout.sidefiles import INITIAL, MANIFEST
 from pissa_core.refs import Ref
 from worker.processes import peak_memory_bytes
 
@@ -94,11 +95,11 @@ class Verification:
 
 def _stranger(report: Mapping[str, Any]) -> str | None:
     """Say that the converted model is no pair of ours, if it has nothing that makes it one."""
-    if any(path.split("/")[0] in ("pissa_manifest.json", "pissa_init") for path in report["files"]):
+    if any(path.split("/")[0] in (MANIFEST, INITIAL) for path in report["files"]):
         return None
     return (
-        f"{report['converted']['ref']} is no output of `pissa convert`: it has neither pissa_init/ "
-        "nor a pissa_manifest.json of that kind"
+        f"{report['converted']['ref']} is no output of `pissa convert`: it has neither {INITIAL}/ "
+        f"nor a {MANIFEST} of that kind"
     )
 
 
@@ -126,7 +127,7 @@ def _print_faults(checks: Iterable[Mapping[str, Any]]) -> None:
         for fault in check["faults"][:_MOST_A_CHECK]:
             _print_fault(check["name"], fault)
         if more := len(check["faults"][_MOST_A_CHECK:]) + check["more_faults"]:
-            print(f"fault[{check['name']}] and {more} more; --json lists a hundred")
+            print(f"fault[{check['name']}] and {more} more; --json lists more of them")
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -13,14 +13,13 @@ from app.errors import NoSuchRoute, RangeNotSatisfiable
 from app.openapi import answer, problems
 from app.routes.deps import OwnJob, ServiceSettings, Store, etag_matches
 from app.schemas import FILE_EXAMPLE, MANIFEST_EXAMPLE, FileEntry, FileList, ManifestAnswer
+from pissa_core.layout.sidefiles import MANIFEST
 from pissa_core.refs import LocalRef, parse_ref, resolve_local
 from worker.contract import Job
 from worker.errors import Conflict
 from worker.settings import Settings
 from worker.store import JobStore
 from worker.terms import Status
-
-MANIFEST = "pissa_manifest.json"
 
 router = APIRouter(prefix="/v1/jobs", tags=["results"])
 

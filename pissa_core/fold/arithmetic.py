@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pissa_core.errors import NonFiniteWeight, UnsupportedAdapter, UnsupportedDtype
 from pissa_core.split import row_panels
-from pissa_core.svd.operator import PANEL_BYTES
+from pissa_core.svd.operator import GPU_PANEL_BYTES, PANEL_BYTES
 from pissa_core.svd.products import times_transposed
 
 _SLACK = 16 << 20  # buffers of BLAS, what the allocator holds back
@@ -102,12 +102,17 @@ def _ordered(x: Tensor) -> Tensor:
     return torch.where(wide < 0, smallest - wide, wide)
 
 
-def folding_bytes(m: int, n: int, rank: int, dtype_bytes: int, *, compared: bool) -> int:
+def folding_bytes(
+    m: int, n: int, rank: int, dtype_bytes: int, *, compared: bool, device: str = "cpu"
+) -> int:
     """Return an upper bound of the bytes that folding one matrix keeps alive at once.
 
     R as stored, the original as well where the two are compared, the factors as stored, in
-    float32 and turned, and a few panels.
+    float32 and turned, and a few panels. On a GPU panels are larger, up to R in float32, and
+    nothing is compared; the host needs R as stored thrice.
     """
-    matrices = (2 if compared else 1) * dtype_bytes * m * n
+    matrices = (2 if compared and device == "cpu" else 1) * dtype_bytes * m * n
     panels = 16 * max(PANEL_BYTES, 64 * max(m, n))
+    if device == "cuda":
+        panels += 5 * min(GPU_PANEL_BYTES, 4 * m * n)
     return matrices + 12 * (m + n) * rank + panels + _SLACK

@@ -113,12 +113,12 @@ def make_fold_plan(
     return dataclasses.replace(plan, estimate=cost)
 
 
-def fold_bytes(plan: Plan, matrix: Matrix) -> int:
-    """Return the bytes of memory one matrix needs while it is in flight."""
+def fold_bytes(plan: Plan, matrix: Matrix, device: str = "cpu") -> int:
+    """Return the bytes of the device's memory one matrix needs while it is in flight."""
     compared = plan.fold is not None and plan.fold.original is not None
     itemsize = TORCH_DTYPES[matrix.dtype].itemsize
     shape = matrix.out_features, matrix.in_features
-    return folding_bytes(*shape, matrix.rank, itemsize, compared=compared)
+    return folding_bytes(*shape, matrix.rank, itemsize, compared=compared, device=device)
 
 
 def _check_dtypes(adapter: Adapter) -> None:
@@ -217,10 +217,12 @@ def _estimate(plan: Plan, sizes: Mapping[str, int], limits: _Limits) -> Estimate
     pieces = plan.fold.pieces.values() if plan.fold else ()
     read = copied + sum(shard.fetched for shard in plan.shards)
     read += sum(piece.stop - piece.start for piece in pieces)
-    flights = sorted((fold_bytes(plan, matrix) for matrix in plan.matrices), reverse=True)
-    memory = sum(flights[: limits.slots])
-    if limits.memory is not None:
-        memory = max([min(memory, limits.memory), *flights[:1]])
+
+    def in_flight(device: str) -> int:
+        flights = sorted((fold_bytes(plan, one, device) for one in plan.matrices), reverse=True)
+        memory = sum(flights[: limits.slots])
+        return memory if limits.memory is None else max([min(memory, limits.memory), *flights[:1]])
+
     peak_disk = written + 3 * _ROW_BYTES * len(plan.matrices)
     if limits.scratch is not None:
         peak_disk = scratch_peak(plan, sizes, 0, limits.scratch)
@@ -228,6 +230,7 @@ def _estimate(plan: Plan, sizes: Mapping[str, int], limits: _Limits) -> Estimate
         read=read,
         written=written,
         adapter=0,
-        peak_memory=IMPORT_FOOTPRINT + memory,
+        peak_memory=IMPORT_FOOTPRINT + in_flight("cpu"),
         peak_disk=peak_disk,
+        peak_device_memory=in_flight("cuda"),
     )

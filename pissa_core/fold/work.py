@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,9 +51,11 @@ class Folding:
 
     def matrices(
         self, matrices: list[Matrix], bench: Workbench, resolved: Resolved
-    ) -> Iterator[MatrixDone]:
+    ) -> Generator[MatrixDone]:
         """Fold the adapter into each matrix, several in flight; yield each as it is done."""
-        sized = [(matrix, fold_bytes(self.plan, matrix)) for matrix in matrices]
+        sized = [
+            (matrix, fold_bytes(self.plan, matrix, resolved.device.type)) for matrix in matrices
+        ]
         work = partial(self._matrix, bench=bench, device=resolved.device)
         yield from run_in_slots(
             work,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pissa_core.adapters.disk import disk_errors, file_info, write_stream
 from pissa_core.adapters.local import LocalSource
 from pissa_core.admission import traffic_of
+from pissa_core.decompose import ran_out_of_memory
 from pissa_core.errors import SourceChanged
 from pissa_core.events import MatrixDone, Published, Publishing, ShardSealed, ShardStarted, Waiting
 from pissa_core.lora.adapter import WEIGHTS
@@ -22,7 +26,7 @@ from pissa_core.lora.layout import bound_entries, scratch_bytes, shrink
 from pissa_core.lora.plan import LoraPlan, Update
 from pissa_core.lora.updates import Converted, convert_update, read_factors, working_bytes
 from pissa_core.ports import Attempt, CheckpointSink, CheckpointSource, Seal
-from pissa_core.runtime import Resolved, Runtime, resolve
+from pissa_core.runtime import Resolved, Runtime, computing
 from pissa_core.slots import run_in_slots
 from pissa_core.tensorfile import Header, PatchFile, make_header, memory_of
 
@@ -85,12 +89,14 @@ def make_weights(
         laid_out = attempt.folder / "laid-out"
         rows: dict[str, dict[str, Any]] = {}
         with PatchFile(laid_out, create_size=header.file_size) as file:
-            bench = _Bench(plan, form_of(plan), *near, header, file, resolve(runtime))
-            file.write(0, header.encoded)
-            _carry(bench)
-            for done in _convert_all(bench):
-                rows[done.row["module"]] = dict(done.row)
-                yield done
+            with computing(runtime) as resolved:
+                bench = _Bench(plan, form_of(plan), *near, header, file, resolved)
+                file.write(0, header.encoded)
+                _carry(bench)
+                with closing(_convert_all(bench)) as converted:
+                    for done in converted:
+                        rows[done.row["module"]] = dict(done.row)
+                        yield done
             way.computed()
             final = _finish(plan, file, header, rows, attempt.folder)
         shard = attempt.folder / "shard"
@@ -138,14 +144,20 @@ def _carry(bench: _Bench) -> None:
             position += len(piece)
 
 
-def _convert_all(bench: _Bench) -> Iterator[MatrixDone]:
-    options = bench.plan.options
+def _convert_all(bench: _Bench) -> Generator[MatrixDone]:
+    options, resolved = bench.plan.options, bench.resolved
     sized = [(update, working_bytes(update, options)) for update in bench.plan.updates]
-    work = partial(_convert_one, bench=bench)
-    yield from run_in_slots(work, sized, slots=bench.resolved.slots, budget=bench.resolved.budget)
+    yield from run_in_slots(
+        partial(_convert_one, bench=bench, device=resolved.device),
+        sized,
+        slots=resolved.slots,
+        budget=resolved.budget,
+        ran_out=ran_out_of_memory,
+        last_resort=partial(_convert_one, bench=bench, device=torch.device("cpu")),
+    )
 
 
-def _convert_one(update: Update, *, bench: _Bench) -> MatrixDone:
+def _convert_one(update: Update, *, bench: _Bench, device: torch.device) -> MatrixDone:
     began = time.perf_counter()
     done = convert_update(
         update,
@@ -154,7 +166,7 @@ def _convert_one(update: Update, *, bench: _Bench) -> MatrixDone:
         form=bench.form,
         width=bench.form.width(bench.plan, update),
         options=bench.plan.options,
-        device=bench.resolved.device,
+        device=device,
     )
     _write(update, done, bench)
     return MatrixDone(WEIGHTS, done.row, update.nbytes, time.perf_counter() - began)

@@ -22,6 +22,9 @@ from cli_tools import PATIENCE_S, PISSA, environment, pissa, plant_strangers
 from tinymodels import SHARDED, make_model, save_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from app.cli.service import worker_commands
+from pissa_core.errors import InvalidRequest
+
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
     until = time.monotonic() + PATIENCE_S
@@ -361,3 +364,11 @@ def test_a_worker_without_a_store_is_refused(tmp_path: Path) -> None:
     done = pissa("worker", env=environment(PISSA_DATA_DIR=str(tmp_path)))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error[invalid_request]: PISSA_REDIS_URL is not set")
+
+
+def test_a_worker_takes_a_gpu_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.cli.service.gpu_count", lambda: 2)
+    assert [command[-1] for command in worker_commands(None)] == ["cuda:0", "cuda:1"]
+    assert [command[-1] for command in worker_commands(1)] == ["cuda:0"]
+    with pytest.raises(InvalidRequest, match="3 workers are more than the 2 GPUs here"):
+        worker_commands(3)

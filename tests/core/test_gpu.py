@@ -16,15 +16,18 @@ from lora_tools import to_lora
 from pretend_gpu import pretended_gpu
 from spectra import SPECTRA, missed_energy
 
+from pissa_core import footprint, split
 from pissa_core.certify import certify
 from pissa_core.decompose import ran_out_of_memory
 from pissa_core.errors import OutOfMemory
 from pissa_core.events import MatrixDone
+from pissa_core.fold import arithmetic
+from pissa_core.fold.arithmetic import fold_in, folding_bytes
 from pissa_core.footprint import working_bytes
-from pissa_core.runtime import Runtime, resolve
+from pissa_core.runtime import Runtime, computing, resolve
 from pissa_core.spec import SvdConfig
 from pissa_core.split import split_principal
-from pissa_core.svd import truncated_svd
+from pissa_core.svd import operator, truncated_svd
 
 REAL = (
     pytest.mark.gpu,
@@ -135,6 +138,58 @@ def test_where_memory_runs_out_in_company_there_is_one_slot_less(models, tmp_pat
     assert checksums(alone)["model.safetensors"] == checksums(crowded)["model.safetensors"]
 
 
+def test_where_memory_runs_out_an_adapter_is_converted_on_the_cpu(models, tmp_path):
+    convert_to(models["llama"], tmp_path / "pair", {"rank": 4})
+    adapter = tmp_path / "pair" / "pissa_init"
+    with pretended_gpu() as gpu:
+        gpu.limit = 0
+        manifest = to_lora(adapter, tmp_path / "small", device="cuda", rank=2)
+    assert manifest["matrices"]
+
+
+def test_memory_is_given_back_however_it_ends(gpu):
+    with pytest.raises(RuntimeError, match="size"), computing(Runtime(device="cuda")) as resolved:
+        torch.zeros(1 << 20, device=resolved.device) + torch.zeros(3, device=resolved.device)
+    if gpu is None:
+        assert torch.cuda.memory_reserved() == torch.cuda.memory_allocated() == 0
+    else:
+        assert gpu.emptied == 1
+
+
+def test_float32_means_float32(gpu):
+    torch.set_float32_matmul_precision("high")
+    try:
+        resolve(Runtime(device="cuda"))
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def exactly(monkeypatch):
+    """Promise nothing to spare, and panels that are small beside a matrix of a test."""
+    panel = 64 << 10
+    for module in (footprint, operator, split, arithmetic):
+        monkeypatch.setattr(module, "GPU_PANEL_BYTES", panel)
+    monkeypatch.setattr(operator, "GPU_GRAM_PANEL", 64)
+    for module in (footprint, arithmetic):
+        monkeypatch.setattr(module, "PANEL_BYTES", panel)
+        monkeypatch.setattr(module, "_SLACK", 0)
+
+
+@pytest.mark.usefixtures("exactly")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("m", "n", "rank"), [(1400, 1200, 4), (500, 2400, 24)])
+def test_what_is_promised_of_a_fold_is_enough(m, n, rank, dtype):
+    generator = torch.Generator().manual_seed(0)
+    R, B, A = (torch.randn(*shape, generator=generator) for shape in ((m, n), (m, rank), (rank, n)))
+    with pretended_gpu() as gpu:
+        fold_in(R.to(dtype).cuda(), B.cuda(), A.cuda(), scaling=1.0)
+        promised = folding_bytes(m, n, rank, dtype.itemsize, compared=True, device="cuda")
+        assert 0.3 * promised < gpu.peak <= promised
+
+
+@pytest.mark.usefixtures("exactly")
 @pytest.mark.parametrize("rounding", ["faithful", "peft"])
 @pytest.mark.parametrize("method", ["auto", "lowrank", "exact"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -153,7 +208,7 @@ def test_what_is_promised_of_the_devices_memory_is_enough(m, n, rank, dtype, met
             overwrite=True,
         )
         promised = working_bytes(m, n, rank, dtype.itemsize, method, rounding, device="cuda")
-        assert W.nbytes < gpu.peak <= promised
+        assert 0.2 * promised < gpu.peak <= promised
 
 
 @pytest.mark.parametrize(
@@ -177,35 +232,40 @@ def test_what_an_error_before_the_last_one_held_is_let_go_as_well():
         held.append(weakref.ref(matrix))
         raise RuntimeError("CUDA error: out of memory")
 
-    def split():
+    def work():
         try:
-            run_out()
-        except RuntimeError:
-            torch.empty(1 << 60)  # asked for to say more of the first
-
-    with pytest.raises(OutOfMemory) as caught:
-        try:
-            split()
+            try:
+                run_out()
+            except RuntimeError:
+                torch.empty(1 << 60)  # asked for to say more of the first
         except RuntimeError as error:
             raise OutOfMemory("at a matrix") from error
+
+    with pytest.raises(OutOfMemory) as caught:
+        work()
     assert held[0]() is not None
     assert ran_out_of_memory(caught.value)
     assert held[0]() is None
 
 
 def test_the_pretended_gpu_forgives_less_than_a_real_one():
-    pageable, garbage = torch.ones(4), torch.isnan
+    pageable, total = torch.ones(4), torch.zeros(())
     with pretended_gpu() as gpu:
         there = pageable.cuda()
         with pytest.raises(RuntimeError, match="same device"):
             there + pageable
+        with pytest.raises(RuntimeError, match="same device"):
+            total += there.sum()
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.stack([total, there.sum()])
+        assert there * torch.tensor(2.0) is not None  # a number may come from the CPU
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
         with pytest.raises(RuntimeError, match="pageable"):
             pageable.to(torch.device("cuda"), non_blocking=True)
         back = torch.empty_like(there, device="cpu", pin_memory=True)
         back.copy_(there, non_blocking=True)
-        assert garbage(back).all()
+        assert torch.isnan(back).all()
         gpu.stream.synchronize()
         assert torch.equal(back, pageable)
         back.to(torch.device("cuda"), non_blocking=True)
@@ -213,10 +273,9 @@ def test_the_pretended_gpu_forgives_less_than_a_real_one():
         with pytest.raises(RuntimeError, match="changed before it was copied"):
             gpu.stream.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
-            other = there.clone() if not gpu.default.busy else None
-        assert other is not None
+            elsewhere = torch.zeros(4, device="cuda").add_(1)
         with pytest.raises(RuntimeError, match="another stream"):
-            other + there
+            elsewhere + there
         gpu.limit = gpu.used
         with pytest.raises(torch.OutOfMemoryError):
             there * 2

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import threading
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from conversions import convert_to, course_of
+from lora_tools import to_lora_course
 
 from pissa_core.adapters.ledger import Ledger
-from pissa_core.events import Waiting
-from pissa_core.traffic import FileGate, ThreadGate, Traffic
+from pissa_core.events import MatrixDone, Waiting
+from pissa_core.traffic import FileGate, Leave, ThreadGate, Traffic
 
 INSIDE = """
 import sys, time
@@ -96,3 +102,52 @@ def test_one_that_is_killed_inside_leaves_the_gate_open(tmp_path):
 def test_without_anybody_to_share_with_nobody_waits():
     with Traffic().passage("a") as way:
         assert list(way.to_disk(10**18, None)) + list(way.to_line()) + list(way.to_device()) == []
+
+
+@pytest.mark.parametrize("work", ["convert", "to-lora"])
+def test_the_next_may_compute_only_once_nothing_of_a_cancelled_one_does(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    inside, left_with = Watched(), []
+
+    class Gate:
+        def enter(self, timeout_s: float) -> Leave:
+            return lambda: left_with.append(inside.now)
+
+    runtime = {"slots": 4, "traffic": Traffic(None, Gate())}
+    if work == "convert":
+        inside.watch(monkeypatch, "pissa_core.decompose.split_principal")
+        course = course_of(llama, tmp_path / "out", {"rank": 4}, **runtime)
+    else:
+        convert_to(llama, tmp_path / "pair", {"rank": 4})
+        inside.watch(monkeypatch, "pissa_core.lora.conversion.convert_update")
+        course = to_lora_course(tmp_path / "pair/pissa_init", tmp_path / "out", **runtime)
+    with closing(course):
+        next(event for event in course if isinstance(event, MatrixDone))
+    assert inside.most > 1
+    assert left_with == [0]
+
+
+class Watched:
+    """Counts how many threads are in a function, which takes its time."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def watch(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        module, _, function = name.rpartition(".")
+        real = getattr(importlib.import_module(module), function)
+
+        def slowly(*args: object, **options: object) -> object:
+            with self._lock:
+                self.now += 1
+                self.most = max(self.most, self.now)
+            try:
+                time.sleep(0.1)
+                return real(*args, **options)
+            finally:
+                with self._lock:
+                    self.now -= 1
+
+        monkeypatch.setattr(name, slowly)
