@@ -58,7 +58,7 @@ def _answer(asked: dict[str, Any]) -> dict[str, Any]:
         traceback.print_exc()
         return {"error": error.as_dict()}
     except (MemoryError, RuntimeError) as error:
-        from pissa_core.decompose import ran_out_of_memory
+        from pissa_core.shortage import ran_out_of_memory
         from worker.bounds import ABSURD
 
         if not ran_out_of_memory(error):

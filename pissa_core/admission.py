@@ -49,9 +49,9 @@ def check_plan(
         sink.check(read)
     _check_disk(plan, sink)
     _check_scratch(plan, source, sink, runtime)
-    budget = resolve(runtime).budget
+    resolved = resolve(runtime)
     if runtime.memory_budget is not None:
-        check_memory_budget(plan, budget, _needs(plan))
+        check_memory_budget(plan, resolved.budget, _needs(plan, resolved.device.type))
     return _with_valid_card(plan, source, sink)
 
 
@@ -136,5 +136,7 @@ def _check_scratch(
         check_disk_budget(plan, ledger.capacity(), sizes=sizes)
 
 
-def _needs(plan: Plan) -> Callable[[Matrix], int]:
-    return bytes_in_flight(plan) if plan.fold is None else partial(fold_bytes, plan)
+def _needs(plan: Plan, device: str = "cpu") -> Callable[[Matrix], int]:
+    if plan.fold is None:
+        return bytes_in_flight(plan, device)
+    return partial(fold_bytes, plan, device=device)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
-import traceback
 from collections import defaultdict
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,21 +21,13 @@ from pissa_core.headstart import HeadStart
 from pissa_core.plan import Matrix, row_of
 from pissa_core.planning import matrix_bytes
 from pissa_core.runtime import Resolved
+from pissa_core.shortage import cpu_instead, named, ran_out_of_memory
 from pissa_core.slots import run_in_slots
 from pissa_core.spec import PissaConfig
 from pissa_core.split import matrix_seed, split_principal
 from pissa_core.workbench import Workbench
 
 _CPU = torch.device("cpu")
-# Only for tensors on a GPU there is a class, torch.OutOfMemoryError. For memory of the CPU,
-# page-locked memory and what cuBLAS and cuSOLVER take for a thread's handle it is a plain
-# RuntimeError (pytorch/pytorch#128601).
-_SAYINGS = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUSOLVER_STATUS_ALLOC_FAILED",
-)
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +54,6 @@ def decompose(
         head_start.close()
     job = _Job(config, bench, head_start)
     sized = [(matrix, job.nbytes(matrix, resolved.device)) for matrix in matrices]
-    on_cpu = partial(job.on_the_cpu_instead, device=resolved.device)
     lanes = _Lanes(resolved.device)
     # Memory is kept for the next matrix within what the budget allows, and the largest will take.
     largest = sorted((nbytes for _, nbytes in sized), reverse=True)[: resolved.slots]
@@ -79,7 +68,7 @@ def decompose(
         slots=resolved.slots,
         budget=resolved.budget,
         ran_out=ran_out_of_memory,
-        last_resort=None if resolved.device.type == "cpu" else on_cpu,
+        last_resort=cpu_instead(job.run_on, resolved.device, _name),
         begins=begins,
     )
 
@@ -98,10 +87,15 @@ class _Job:
         return matrix_bytes(matrix, config.svd.method, config.rounding, device=device.type)
 
     def run(self, matrix: Matrix, *, lanes: _Lanes) -> MatrixDone:
-        """Split one matrix in this thread's lane and write what came out."""
+        """Split one matrix in a lane and write what came out."""
         began = time.perf_counter()
+        needed = partial(self.nbytes, matrix, lanes.device)
         try:
-            with lanes.own(), lanes.memory(matrix) as memory:
+            with (
+                named(_name(matrix), lanes.device, needed),
+                lanes.own(),
+                lanes.memory(matrix) as memory,
+            ):
                 row, *results = self._split(matrix, lanes, memory)
                 residual, a, b = lanes.to_host(*results)
                 del results
@@ -112,23 +106,15 @@ class _Job:
             raise NonFiniteWeight(
                 f"{matrix.tensor}: {error.message}{where}", hint=error.hint
             ) from error
-        except (MemoryError, RuntimeError) as error:
-            if ran_out_of_memory(error):
-                lanes.clear()
-                raise self._out_of_memory(matrix, lanes.device) from error
+        except OutOfMemory:
+            lanes.clear()
             raise
         nbytes = matrix.stop - matrix.start
         return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
 
-    def on_the_cpu_instead(self, matrix: Matrix, *, device: torch.device) -> MatrixDone:
-        """Split a matrix on the CPU that is too large for the device."""
-        _log.warning(
-            "%s %s does not fit %s; it is decomposed on the CPU",
-            matrix.tensor,
-            list(matrix.shape),
-            device,
-        )
-        return self.run(matrix, lanes=_Lanes(_CPU))
+    def run_on(self, matrix: Matrix, device: torch.device) -> MatrixDone:
+        """Split one matrix on another device than the others."""
+        return self.run(matrix, lanes=_Lanes(device))
 
     def _split(
         self, matrix: Matrix, lanes: _Lanes, memory: Tensor | None
@@ -148,18 +134,13 @@ class _Job:
         row = row_of(matrix) | split.certificate.as_row() | {"device": lanes.device.type}
         return row, split.R, split.A, split.B
 
-    def _out_of_memory(self, matrix: Matrix, device: torch.device) -> OutOfMemory:
-        needed = self.nbytes(matrix, device)
-        where = "memory" if device.type == "cpu" else f"memory of {device}"
-        return OutOfMemory(
-            f"{where} ran out at {matrix.tensor} {list(matrix.shape)}, which needs about "
-            f"{needed:,} bytes",
-            hint="use fewer slots or a smaller memory budget, or a machine with more memory",
-        )
+
+def _name(matrix: Matrix) -> str:
+    return f"{matrix.tensor} {list(matrix.shape)}"
 
 
-# Streams that nobody uses. For each stream that ever multiplied torch keeps a workspace of cuBLAS,
-# 32 MB on some GPUs (pytorch/pytorch#184084), so a new one for each shard would add up.
+# Streams that nobody uses. For each thread and stream that ever multiplied torch keeps a workspace
+# of cuBLAS, 32 MB on some GPUs (pytorch/pytorch#184084): new streams for each shard would add up.
 _idle_streams: dict[torch.device, list[Any]] = defaultdict(list)
 
 
@@ -183,6 +164,7 @@ class _Lanes:
         except IndexError:
             stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         try:
+            torch.cuda.set_device(self.device)  # or leaving the stream would make one of the first
             with torch.cuda.stream(stream):
                 yield
         finally:
@@ -214,19 +196,3 @@ class _Lanes:
             copy.copy_(tensor, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()
         return copies
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so; if it does, what its frames still held is let go."""
-    kinds = (OutOfMemory, MemoryError, torch.OutOfMemoryError)
-    if not isinstance(error, kinds) and not any(saying in str(error) for saying in _SAYINGS):
-        return False
-    if isinstance(error, OutOfMemory):  # the thread has left the frames below
-        before: BaseException | None = error
-        while before is not None:
-            traceback.clear_frames(before.__traceback__)
-            before = before.__cause__ or before.__context__
-        gc.collect()
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
-    return True

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from pissa_core.errors import InvalidRequest
+from pissa_core.shortage import let_go
 from pissa_core.slots import default_budget, usable_cores
 from pissa_core.traffic import Traffic
 
@@ -49,7 +50,8 @@ def resolve(runtime: Runtime) -> Resolved:
 
     On a CPU there is one slot a core, since several matrices with one BLAS thread each are done
     sooner than one matrix with many, and the bytes do not depend on the number. On a GPU, while
-    one matrix is worked on, another is read or copied and a third is written.
+    one matrix is worked on, another is read or copied and a third is written; it becomes the
+    calling thread's current device, and products in float32 keep all their bits from then on.
 
     Raises:
         InvalidRequest: if the device is not one of this machine's.
@@ -79,6 +81,10 @@ def computing(runtime: Runtime) -> Iterator[Resolved]:
     resolved = resolve(runtime)
     try:
         yield resolved
+    except BaseException as error:
+        if resolved.device.type == "cuda":
+            let_go(error)  # its frames hold tensors
+        raise
     finally:
         if resolved.device.type == "cuda":
             torch.cuda.empty_cache()

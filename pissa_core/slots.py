@@ -88,19 +88,24 @@ def run_in_slots(
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             while finished:
                 future = finished.pop()
-                flight, error = running.pop(future), future.exception()
-                if error is None or ran_out is None or not ran_out(error):
+                flight = running.pop(future)
+                alone = not flight.crowded and last_resort is None
+                if alone or not _is_short(future, ran_out):
                     yield future.result()
-                elif flight.crowded:
+                    continue
+                del future  # and its error, or what that holds lies about while the item runs again
+                if flight.crowded:
                     slots = _one_less(slots)
                     waiting.append((flight.item, flight.size))
                 elif last_resort is not None:
                     yield pool.submit(last_resort, flight.item).result()
-                else:
-                    raise error
-                del future, error  # or what the error holds lies about while the item runs again
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _is_short(future: Future[Result], ran_out: Callable[[BaseException], bool] | None) -> bool:
+    error = future.exception()
+    return error is not None and ran_out is not None and ran_out(error)
 
 
 def _one_less(slots: int) -> int:

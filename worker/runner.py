@@ -64,7 +64,7 @@ def _work(context: Context, claim: Claim) -> None:
 
 
 def _ran_out_of_memory(error: Exception) -> bool:
-    from pissa_core.decompose import ran_out_of_memory
+    from pissa_core.shortage import ran_out_of_memory
 
     return ran_out_of_memory(error)
 

@@ -39,12 +39,13 @@ def serve(*, host: str, port: int, data_dir: Path | None, workers: int | None) -
 
     settings = read_settings(data_dir)
     refuse_open_door(host, has_keys=bool(settings.api_keys))
+    commands = worker_commands(workers)
     with listening(host, port) as door, ExitStack() as stack:
         url = settings.redis_url or stack.enter_context(_embedded(settings))
         settings = settings.model_copy(update={"redis_url": url})
         environment = os.environ | settings.as_env()
         address = f"http://{_in_url(host)}:{door.getsockname()[1]}"
-        stack.enter_context(Workers(worker_commands(workers), environment))
+        stack.enter_context(Workers(commands, environment))
         _say(f"PiSSA service at {address}", f"data in {settings.data_dir}", "Ctrl-C ends it")
         run_api(settings, door)
 

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pissa_core.decompose import ran_out_of_memory
 from pissa_core.errors import (
     AccessError,
-    OutOfMemory,
     PissaError,
     SourceChanged,
     UnsupportedAdapter,
@@ -28,6 +26,7 @@ from pissa_core.openfile import CHUNK
 from pissa_core.plan import CarriedTensor, Fold, Matrix, Plan, ShardPlan, row_of
 from pissa_core.ports import CheckpointSource
 from pissa_core.runtime import Resolved
+from pissa_core.shortage import cpu_instead, named, ran_out_of_memory
 from pissa_core.slots import run_in_slots
 from pissa_core.tensorfile import TORCH_DTYPES, PatchFile, empty, memory_of
 from pissa_core.workbench import Workbench
@@ -56,24 +55,20 @@ class Folding:
         sized = [
             (matrix, fold_bytes(self.plan, matrix, resolved.device.type)) for matrix in matrices
         ]
-        work = partial(self._matrix, bench=bench, device=resolved.device)
+        work = partial(self._matrix, bench)
         yield from run_in_slots(
-            work,
+            partial(work, device=resolved.device),
             sized,
             slots=resolved.slots,
             budget=resolved.budget,
             ran_out=ran_out_of_memory,
-            last_resort=partial(self._matrix, bench=bench, device=torch.device("cpu")),
+            last_resort=cpu_instead(work, resolved.device, _name),
         )
 
-    def _matrix(self, matrix: Matrix, *, bench: Workbench, device: torch.device) -> MatrixDone:
+    def _matrix(self, bench: Workbench, matrix: Matrix, device: torch.device) -> MatrixDone:
         began = time.perf_counter()
-        try:
+        with named(_name(matrix), device, partial(fold_bytes, self.plan, matrix, device.type)):
             row, merged = self._merged(matrix, bench.original(matrix), device)
-        except (MemoryError, RuntimeError) as error:
-            if ran_out_of_memory(error):
-                raise _out_of_memory(matrix, fold_bytes(self.plan, matrix)) from error
-            raise
         bench.finish(matrix, merged, {}, row)
         nbytes = matrix.stop - matrix.start
         return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
@@ -159,9 +154,5 @@ class Folding:
         }
 
 
-def _out_of_memory(matrix: Matrix, needed: int) -> OutOfMemory:
-    return OutOfMemory(
-        f"memory ran out at {matrix.tensor} {list(matrix.shape)}, which needs about {needed:,} "
-        "bytes",
-        hint="use fewer slots or a smaller memory budget, or a machine with more memory",
-    )
+def _name(matrix: Matrix) -> str:
+    return f"{matrix.tensor} {list(matrix.shape)}"

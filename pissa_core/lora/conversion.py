@@ -16,7 +16,6 @@ import torch
 from pissa_core.adapters.disk import disk_errors, file_info, write_stream
 from pissa_core.adapters.local import LocalSource
 from pissa_core.admission import traffic_of
-from pissa_core.decompose import ran_out_of_memory
 from pissa_core.errors import SourceChanged
 from pissa_core.events import MatrixDone, Published, Publishing, ShardSealed, ShardStarted, Waiting
 from pissa_core.lora.adapter import WEIGHTS
@@ -27,6 +26,7 @@ from pissa_core.lora.plan import LoraPlan, Update
 from pissa_core.lora.updates import Converted, convert_update, read_factors, working_bytes
 from pissa_core.ports import Attempt, CheckpointSink, CheckpointSource, Seal
 from pissa_core.runtime import Resolved, Runtime, computing
+from pissa_core.shortage import cpu_instead, named, ran_out_of_memory
 from pissa_core.slots import run_in_slots
 from pissa_core.tensorfile import Header, PatchFile, make_header, memory_of
 
@@ -57,8 +57,8 @@ def convert_adapter(
         PissaError: whatever `make_weights` and `publish` raise.
     """
     if sink.published() is None:
-        making = make_weights(plan, trained, initial, sink, runtime)
-        yield from (event for event in making if not isinstance(event, Waiting))
+        with closing(make_weights(plan, trained, initial, sink, runtime)) as making:
+            yield from (event for event in making if not isinstance(event, Waiting))
     yield from publish(plan, trained, sink)
 
 
@@ -68,7 +68,7 @@ def make_weights(
     initial: CheckpointSource,
     sink: CheckpointSink,
     runtime: Runtime,
-) -> Iterator[Waiting | ShardStarted | MatrixDone | ShardSealed]:
+) -> Generator[Waiting | ShardStarted | MatrixDone | ShardSealed]:
     """Make the result's file of weights, update by update, and seal it; nothing if it is sealed."""
     work = plan.shards[0]
     if sink.seal_of(WEIGHTS) is not None:
@@ -147,19 +147,27 @@ def _carry(bench: _Bench) -> None:
 def _convert_all(bench: _Bench) -> Generator[MatrixDone]:
     options, resolved = bench.plan.options, bench.resolved
     sized = [(update, working_bytes(update, options)) for update in bench.plan.updates]
+    work = partial(_convert_one, bench)
     yield from run_in_slots(
-        partial(_convert_one, bench=bench, device=resolved.device),
+        partial(work, device=resolved.device),
         sized,
         slots=resolved.slots,
         budget=resolved.budget,
         ran_out=ran_out_of_memory,
-        last_resort=partial(_convert_one, bench=bench, device=torch.device("cpu")),
+        last_resort=cpu_instead(work, resolved.device, lambda update: update.module),
     )
 
 
-def _convert_one(update: Update, *, bench: _Bench, device: torch.device) -> MatrixDone:
+def _convert_one(bench: _Bench, update: Update, device: torch.device) -> MatrixDone:
     began = time.perf_counter()
-    done = convert_update(
+    with named(update.module, device, partial(working_bytes, update, bench.plan.options)):
+        done = _converted(bench, update, device)
+    _write(update, done, bench)
+    return MatrixDone(WEIGHTS, done.row, update.nbytes, time.perf_counter() - began)
+
+
+def _converted(bench: _Bench, update: Update, device: torch.device) -> Converted:
+    return convert_update(
         update,
         read_factors(bench.trained, update.trained),
         read_factors(bench.initial, update.initial),
@@ -168,8 +176,6 @@ def _convert_one(update: Update, *, bench: _Bench, device: torch.device) -> Matr
         options=bench.plan.options,
         device=device,
     )
-    _write(update, done, bench)
-    return MatrixDone(WEIGHTS, done.row, update.nbytes, time.perf_counter() - began)
 
 
 def _write(update: Update, done: Converted, bench: _Bench) -> None:

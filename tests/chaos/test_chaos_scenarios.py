@@ -182,6 +182,7 @@ def test_the_whole_house_dies_and_rises_again(tmp_path: Path) -> None:
         part.wanted = False
     write_llama(tmp_path / "models" / "m", layers=3, hidden=256, shards=3)
     environment = {k: v for k, v in laid_out.environment.items() if k != "PISSA_REDIS_URL"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # two workers, however many GPUs
     port = free_port()
     command = [sys.executable, "-m", "app.cli", "serve", "--port", str(port), "--workers", "2"]
     client = Client(f"http://127.0.0.1:{port}")

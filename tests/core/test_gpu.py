@@ -18,13 +18,14 @@ from spectra import SPECTRA, missed_energy
 
 from pissa_core import footprint, split
 from pissa_core.certify import certify
-from pissa_core.decompose import ran_out_of_memory
 from pissa_core.errors import OutOfMemory
 from pissa_core.events import MatrixDone
 from pissa_core.fold import arithmetic
 from pissa_core.fold.arithmetic import fold_in, folding_bytes
 from pissa_core.footprint import working_bytes
+from pissa_core.lora.adapter import WEIGHTS
 from pissa_core.runtime import Runtime, computing, resolve
+from pissa_core.shortage import ran_out_of_memory
 from pissa_core.spec import SvdConfig
 from pissa_core.split import split_principal
 from pissa_core.svd import operator, truncated_svd
@@ -117,7 +118,7 @@ def test_what_does_not_fit_the_device_is_done_on_the_cpu(gpu, models, tmp_path, 
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert {row["device"] for row in rows_of(course)} == {"cpu"}
     assert "going on with 1" in caplog.text
-    assert "it is decomposed on the CPU" in caplog.text
+    assert "it is done on the CPU" in caplog.text
 
 
 def rows_of(course):
@@ -138,22 +139,26 @@ def test_where_memory_runs_out_in_company_there_is_one_slot_less(models, tmp_pat
     assert checksums(alone)["model.safetensors"] == checksums(crowded)["model.safetensors"]
 
 
-def test_where_memory_runs_out_an_adapter_is_converted_on_the_cpu(models, tmp_path):
+def test_where_memory_runs_out_an_adapter_is_converted_on_the_cpu(models, tmp_path, caplog):
     convert_to(models["llama"], tmp_path / "pair", {"rank": 4})
     adapter = tmp_path / "pair" / "pissa_init"
     with pretended_gpu() as gpu:
         gpu.limit = 0
-        manifest = to_lora(adapter, tmp_path / "small", device="cuda", rank=2)
-    assert manifest["matrices"]
+        to_lora(adapter, tmp_path / "gpu", device="cuda", rank=2)
+    to_lora(adapter, tmp_path / "cpu", rank=2)
+    assert "does not fit cuda:0; it is done on the CPU" in caplog.text
+    assert checksums(tmp_path / "gpu")[WEIGHTS] == checksums(tmp_path / "cpu")[WEIGHTS]
 
 
 def test_memory_is_given_back_however_it_ends(gpu):
+    torch.cuda.empty_cache()
+    before = None if gpu else torch.cuda.memory_reserved()
     with pytest.raises(RuntimeError, match="size"), computing(Runtime(device="cuda")) as resolved:
-        torch.zeros(1 << 20, device=resolved.device) + torch.zeros(3, device=resolved.device)
+        torch.zeros(1 << 26, device=resolved.device) + torch.zeros(3, device=resolved.device)
     if gpu is None:
-        assert torch.cuda.memory_reserved() == torch.cuda.memory_allocated() == 0
+        assert torch.cuda.memory_reserved() == before  # cuBLAS keeps what it has
     else:
-        assert gpu.emptied == 1
+        assert gpu.emptied > 1
 
 
 def test_float32_means_float32(gpu):

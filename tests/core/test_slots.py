@@ -138,7 +138,7 @@ def test_an_item_that_does_not_fit_alone_goes_the_other_way_or_ends_it():
 
 
 def test_what_errors_held_is_gone_when_their_items_are_begun_again():
-    both, held = threading.Barrier(2), []
+    both, held = threading.Barrier(2, timeout=30), []
 
     def work(item: int) -> int:
         if len(held) == 2:
@@ -171,7 +171,7 @@ def test_another_error_is_not_taken_for_want_of_memory():
 SHORT_OF_MEMORY = """
 import resource, threading
 import torch
-from pissa_core.decompose import ran_out_of_memory
+from pissa_core.shortage import ran_out_of_memory
 from pissa_core.slots import run_in_slots
 
 short = threading.Event()

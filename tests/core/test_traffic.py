@@ -124,15 +124,15 @@ def test_the_next_may_compute_only_once_nothing_of_a_cancelled_one_does(
         course = to_lora_course(tmp_path / "pair/pissa_init", tmp_path / "out", **runtime)
     with closing(course):
         next(event for event in course if isinstance(event, MatrixDone))
-    assert inside.most > 1
+    assert inside.company.is_set()
     assert left_with == [0]
 
 
 class Watched:
-    """Counts how many threads are in a function, which takes its time."""
+    """Counts how many threads are in a function; the first waits for company."""
 
     def __init__(self) -> None:
-        self.now = self.most = 0
+        self.now, self.company = 0, threading.Event()
         self._lock = threading.Lock()
 
     def watch(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -142,9 +142,14 @@ class Watched:
         def slowly(*args: object, **options: object) -> object:
             with self._lock:
                 self.now += 1
-                self.most = max(self.most, self.now)
+                first = self.now == 1
             try:
-                time.sleep(0.1)
+                # So that one is done while another is at it, for a while yet.
+                if first:
+                    self.company.wait(30)
+                else:
+                    self.company.set()
+                    time.sleep(0.3)
                 return real(*args, **options)
             finally:
                 with self._lock:
