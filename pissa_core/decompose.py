@@ -18,11 +18,10 @@ from pissa_core.buffers import Buffers
 from pissa_core.errors import NonFiniteWeight, OutOfMemory
 from pissa_core.events import MatrixDone
 from pissa_core.headstart import HeadStart
-from pissa_core.plan import Matrix, row_of
+from pissa_core.plan import Matrix, name_of, row_of
 from pissa_core.planning import matrix_bytes
-from pissa_core.runtime import Resolved
-from pissa_core.shortage import cpu_instead, named, ran_out_of_memory
-from pissa_core.slots import run_in_slots
+from pissa_core.runtime import Resolved, compute
+from pissa_core.shortage import named
 from pissa_core.spec import PissaConfig
 from pissa_core.split import matrix_seed, split_principal
 from pissa_core.workbench import Workbench
@@ -62,15 +61,10 @@ def decompose(
     def begins(matrix: Matrix, in_flight: int) -> None:
         lanes.expect(matrix, spare=most - in_flight)
 
-    yield from run_in_slots(
-        partial(job.run, lanes=lanes),
-        sized,
-        slots=resolved.slots,
-        budget=resolved.budget,
-        ran_out=ran_out_of_memory,
-        last_resort=cpu_instead(job.run_on, resolved.device, _name),
-        begins=begins,
-    )
+    def work(matrix: Matrix, device: torch.device) -> MatrixDone:
+        return job.run(matrix, lanes=lanes if device == resolved.device else _Lanes(device))
+
+    yield from compute(resolved, work, sized, name=name_of, begins=begins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +86,7 @@ class _Job:
         needed = partial(self.nbytes, matrix, lanes.device)
         try:
             with (
-                named(_name(matrix), lanes.device, needed),
+                named(name_of(matrix), lanes.device, needed),
                 lanes.own(),
                 lanes.memory(matrix) as memory,
             ):
@@ -112,10 +106,6 @@ class _Job:
         nbytes = matrix.stop - matrix.start
         return MatrixDone(matrix.shard, row, nbytes, time.perf_counter() - began)
 
-    def run_on(self, matrix: Matrix, device: torch.device) -> MatrixDone:
-        """Split one matrix on another device than the others."""
-        return self.run(matrix, lanes=_Lanes(device))
-
     def _split(
         self, matrix: Matrix, lanes: _Lanes, memory: Tensor | None
     ) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
@@ -133,10 +123,6 @@ class _Job:
         )
         row = row_of(matrix) | split.certificate.as_row() | {"device": lanes.device.type}
         return row, split.R, split.A, split.B
-
-
-def _name(matrix: Matrix) -> str:
-    return f"{matrix.tensor} {list(matrix.shape)}"
 
 
 # Streams that nobody uses. For each thread and stream that ever multiplied torch keeps a workspace

@@ -310,6 +310,11 @@ def _read_fold(data: Mapping[str, Any]) -> Fold:
     return Fold(**{**data, "pieces": pieces, "replaced": replaced, "places": places})
 
 
+def name_of(matrix: Matrix) -> str:
+    """Return how a sentence calls a matrix: its tensor and that one's shape."""
+    return f"{matrix.tensor} {list(matrix.shape)}"
+
+
 def row_of(matrix: Matrix) -> dict[str, Any]:
     """Return what a plan says of a matrix, as plans show it and rows of a manifest begin."""
     return {

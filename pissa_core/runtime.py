@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from pissa_core.errors import InvalidRequest
-from pissa_core.shortage import let_go
-from pissa_core.slots import default_budget, usable_cores
+from pissa_core.shortage import let_go, ran_out_of_memory
+from pissa_core.slots import default_budget, run_in_slots, usable_cores
 from pissa_core.traffic import Traffic
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_log = logging.getLogger(__name__)
 _GPU_SLOTS = 3
 _SHARE_OF_FREE = 0.8
 
@@ -88,6 +93,45 @@ def computing(runtime: Runtime) -> Iterator[Resolved]:
     finally:
         if resolved.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def compute(
+    resolved: Resolved,
+    work: Callable[[Item, torch.device], Result],
+    sized: Iterable[tuple[Item, int]],
+    *,
+    name: Callable[[Item], str],
+    begins: Callable[[Item, int], None] | None = None,
+) -> Generator[Result]:
+    """Yield `work(item, device)` for each item, as each is done, within a runtime's limits.
+
+    Where memory runs out there is one slot less from then on; what is too large for a GPU even
+    alone is done on the CPU.
+
+    Args:
+        resolved: the device, the slots and the budget.
+        work: what to do with an item.
+        sized: pairs of item and the bytes of the device's memory that it needs.
+        name: of an item, for the log.
+        begins: as of `run_in_slots`.
+    """
+
+    def on_the_device(item: Item) -> Result:
+        return work(item, resolved.device)
+
+    def on_the_cpu(item: Item) -> Result:
+        _log.warning("%s does not fit %s; it is done on the CPU", name(item), resolved.device)
+        return work(item, torch.device("cpu"))
+
+    yield from run_in_slots(
+        on_the_device,
+        sized,
+        slots=resolved.slots,
+        budget=resolved.budget,
+        ran_out=ran_out_of_memory,
+        last_resort=None if resolved.device.type == "cpu" else on_the_cpu,
+        begins=begins,
+    )
 
 
 def _prepare(device: torch.device) -> None:

@@ -1,22 +1,16 @@
-"""Where memory runs out: which errors say so, what they still hold, and where to go instead."""
+"""Where memory runs out: which errors say so, and what they still hold."""
 
 from __future__ import annotations
 
 import gc
-import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 
 from pissa_core.errors import OutOfMemory
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-_CPU = torch.device("cpu")
-_log = logging.getLogger(__name__)
 # Only for tensors on a GPU there is a class, torch.OutOfMemoryError. For memory of the CPU,
 # page-locked memory and what cuBLAS and cuSOLVER take for a thread's handle it is a plain
 # RuntimeError (pytorch/pytorch#128601).
@@ -72,19 +66,3 @@ def named(what: str, device: torch.device, needed: Callable[[], int]) -> Iterato
             f"{where} ran out at {what}, which needs about {needed():,} bytes",
             hint="use fewer slots or a smaller memory budget, or a machine with more memory",
         ) from error
-
-
-def cpu_instead(
-    work: Callable[[Item, torch.device], Result],
-    device: torch.device,
-    name: Callable[[Item], str],
-) -> Callable[[Item], Result] | None:
-    """Return how to do on the CPU what does not fit a GPU even alone; None if there is no GPU."""
-    if device.type == "cpu":
-        return None
-
-    def on_the_cpu(item: Item) -> Result:
-        _log.warning("%s does not fit %s; it is done on the CPU", name(item), device)
-        return work(item, _CPU)
-
-    return on_the_cpu

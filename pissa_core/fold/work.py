@@ -23,11 +23,10 @@ from pissa_core.fold.arithmetic import compare, fold_in
 from pissa_core.fold.belonging import check_is_listed
 from pissa_core.fold.planning import fold_bytes
 from pissa_core.openfile import CHUNK
-from pissa_core.plan import CarriedTensor, Fold, Matrix, Plan, ShardPlan, row_of
+from pissa_core.plan import CarriedTensor, Fold, Matrix, Plan, ShardPlan, name_of, row_of
 from pissa_core.ports import CheckpointSource
-from pissa_core.runtime import Resolved
-from pissa_core.shortage import cpu_instead, named, ran_out_of_memory
-from pissa_core.slots import run_in_slots
+from pissa_core.runtime import Resolved, compute
+from pissa_core.shortage import named
 from pissa_core.tensorfile import TORCH_DTYPES, PatchFile, empty, memory_of
 from pissa_core.workbench import Workbench
 
@@ -55,19 +54,11 @@ class Folding:
         sized = [
             (matrix, fold_bytes(self.plan, matrix, resolved.device.type)) for matrix in matrices
         ]
-        work = partial(self._matrix, bench)
-        yield from run_in_slots(
-            partial(work, device=resolved.device),
-            sized,
-            slots=resolved.slots,
-            budget=resolved.budget,
-            ran_out=ran_out_of_memory,
-            last_resort=cpu_instead(work, resolved.device, _name),
-        )
+        yield from compute(resolved, partial(self._matrix, bench), sized, name=name_of)
 
     def _matrix(self, bench: Workbench, matrix: Matrix, device: torch.device) -> MatrixDone:
         began = time.perf_counter()
-        with named(_name(matrix), device, partial(fold_bytes, self.plan, matrix, device.type)):
+        with named(name_of(matrix), device, partial(fold_bytes, self.plan, matrix, device.type)):
             row, merged = self._merged(matrix, bench.original(matrix), device)
         bench.finish(matrix, merged, {}, row)
         nbytes = matrix.stop - matrix.start
@@ -152,7 +143,3 @@ class Folding:
             "max_ulps": found.max_ulps,
             "recombination_error": found.distance,
         }
-
-
-def _name(matrix: Matrix) -> str:
-    return f"{matrix.tensor} {list(matrix.shape)}"

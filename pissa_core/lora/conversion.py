@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,8 @@ from pissa_core.lora.layout import bound_entries, scratch_bytes, shrink
 from pissa_core.lora.plan import LoraPlan, Update
 from pissa_core.lora.updates import Converted, convert_update, read_factors, working_bytes
 from pissa_core.ports import Attempt, CheckpointSink, CheckpointSource, Seal
-from pissa_core.runtime import Resolved, Runtime, computing
-from pissa_core.shortage import cpu_instead, named, ran_out_of_memory
-from pissa_core.slots import run_in_slots
+from pissa_core.runtime import Resolved, Runtime, compute, computing
+from pissa_core.shortage import named
 from pissa_core.tensorfile import Header, PatchFile, make_header, memory_of
 
 
@@ -147,15 +147,8 @@ def _carry(bench: _Bench) -> None:
 def _convert_all(bench: _Bench) -> Generator[MatrixDone]:
     options, resolved = bench.plan.options, bench.resolved
     sized = [(update, working_bytes(update, options)) for update in bench.plan.updates]
-    work = partial(_convert_one, bench)
-    yield from run_in_slots(
-        partial(work, device=resolved.device),
-        sized,
-        slots=resolved.slots,
-        budget=resolved.budget,
-        ran_out=ran_out_of_memory,
-        last_resort=cpu_instead(work, resolved.device, lambda update: update.module),
-    )
+    name = attrgetter("module")
+    yield from compute(resolved, partial(_convert_one, bench), sized, name=name)
 
 
 def _convert_one(bench: _Bench, update: Update, device: torch.device) -> MatrixDone:
